@@ -1,0 +1,3 @@
+//! The two sides of the privilege boundary.
+
+pub mod wire;

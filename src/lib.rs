@@ -1,0 +1,15 @@
+//! Sealmount: a CSI node driver that mounts secrets so that only the application container can read them.
+
+pub mod broker;
+pub mod config;
+pub mod csi;
+pub mod events;
+pub mod harden;
+pub mod log;
+pub mod metrics;
+pub mod pods;
+pub mod policy;
+pub mod publish;
+pub mod request;
+pub mod secret;
+pub mod source;

@@ -1,0 +1,326 @@
+//! Plain facts of one call, parsed once: who asks (a pod), for which volume, and what its attributes say.
+//!
+//! Everything here is valid by construction: each type has a private field and one constructor, and the
+//! constructors are the only place where its rule is written. No secret byte lives here but behind [`crate::secret`].
+
+pub mod files;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::{Duration, SystemTime};
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::secret::{SecretBytes, SecretText};
+use files::Files;
+
+/// The name under which the kubelet knows this driver (`csi.driver` in a pod).
+pub const DRIVER: &str = "csi.sealmount.io";
+
+/// Keys below this prefix are written by the kubelet, but also by a pod author: nothing strips them
+/// (kubernetes, pkg/volume/csi/csi_mounter.go, `mergeMap`).
+pub const RESERVED: &str = "csi.storage.k8s.io/";
+
+/// A stable code of the public surface, such as `SM101`. Documented in one table, never reused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Code(pub &'static str);
+
+impl fmt::Display for Code {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0)
+    }
+}
+
+/// One thing that is wrong with a request: its code, the pod field to change, and what to do.
+///
+/// `text` never holds a secret byte and is at most [`Fault::MAX_TEXT`] characters when shown.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fault {
+    /// The stable code.
+    pub code: Code,
+    /// The pod field to change, as a path: `spec.volumes[db].csi.volumeAttributes.files`.
+    pub field: String,
+    /// What is wrong and what to write instead.
+    pub text: String,
+}
+
+impl Fault {
+    /// A fault's message is cut here, in characters (surface 4).
+    pub const MAX_TEXT: usize = 300;
+    /// All faults of one answer are cut here, in characters: an Event holds 1 024 with the kubelet's own words.
+    pub const MAX_ALL: usize = 800;
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let line = if self.field.is_empty() {
+            format!("{} {}", self.code, self.text)
+        } else {
+            format!("{} {}: {}", self.code, self.field, self.text)
+        };
+        if line.chars().count() <= Self::MAX_TEXT {
+            return f.write_str(&line);
+        }
+        let cut: String = line.chars().take(Self::MAX_TEXT - 1).collect();
+        write!(f, "{cut}…")
+    }
+}
+
+/// Several faults as one message: the first three, then how many more (surface 4).
+pub fn summary(faults: &[Fault]) -> String {
+    let mut text = String::new();
+    let mut shown = 0;
+    for fault in faults.iter().take(3) {
+        let next = fault.to_string();
+        if shown > 0 && text.chars().count() + next.chars().count() > Fault::MAX_ALL - 20 {
+            break;
+        }
+        if shown > 0 {
+            text.push_str("; ");
+        }
+        text.push_str(&next);
+        shown += 1;
+    }
+    if faults.len() > shown {
+        text.push_str(&format!("; and {} more", faults.len() - shown));
+    }
+    text
+}
+
+/// Why a text is not one of this module's types.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Malformed(pub String);
+
+macro_rules! text_type {
+    ($name:ident) => {
+        impl $name {
+            /// The text.
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+        impl TryFrom<String> for $name {
+            type Error = Malformed;
+            fn try_from(text: String) -> Result<Self, Malformed> {
+                Self::parse(&text)
+            }
+        }
+        impl From<$name> for String {
+            fn from(value: $name) -> Self {
+                value.0
+            }
+        }
+    };
+}
+
+/// A pod's UID as the kubelet uses it in paths: 1 to 64 letters, digits and `-` (a static pod's is an MD5 sum).
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct PodUid(String);
+text_type!(PodUid);
+
+impl PodUid {
+    /// Parses a UID.
+    pub fn parse(text: &str) -> Result<Self, Malformed> {
+        let plain = |b: u8| b.is_ascii_alphanumeric() || b == b'-';
+        if text.is_empty() || text.len() > 64 || !text.bytes().all(plain) {
+            return Err(Malformed("a pod UID is 1 to 64 letters, digits and \"-\"".into()));
+        }
+        Ok(Self(text.to_owned()))
+    }
+}
+
+/// A pod volume's name: a DNS-1123 label of at most 63 bytes (kubernetes, core/v1 `Volume.name`).
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct VolumeName(String);
+text_type!(VolumeName);
+
+impl VolumeName {
+    /// Parses a volume name.
+    pub fn parse(text: &str) -> Result<Self, Malformed> {
+        let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+        let edge = |b: Option<&u8>| b.is_some_and(|b| *b != b'-');
+        let bytes = text.as_bytes();
+        if bytes.len() > 63 || !bytes.iter().copied().all(plain) || !edge(bytes.first()) || !edge(bytes.last()) {
+            return Err(Malformed("a volume name is 1 to 63 lower-case letters, digits and \"-\"".into()));
+        }
+        Ok(Self(text.to_owned()))
+    }
+}
+
+/// One volume of one pod: the unit of locking, of a mount and of a message.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct VolumeId {
+    /// The pod.
+    pub pod: PodUid,
+    /// The volume in the pod's spec.
+    pub name: VolumeName,
+}
+
+impl VolumeId {
+    /// The id the kubelet gives an inline volume: `csi-` and the hex SHA-256 of pod UID and volume name
+    /// (kubernetes, pkg/volume/csi/csi_mounter.go, `makeVolumeHandle`). It cannot be chosen by a pod author.
+    pub fn handle(&self) -> String {
+        let mut hash = Sha256::new();
+        hash.update(self.pod.as_str());
+        hash.update(self.name.as_str());
+        let mut text = String::from("csi-");
+        for byte in hash.finalize() {
+            text.push_str(&format!("{byte:02x}"));
+        }
+        text
+    }
+}
+
+impl fmt::Display for VolumeId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.pod, self.name)
+    }
+}
+
+/// A file's name inside a volume: 1 to 4 segments joined by `/`, each 1 to 253 bytes of UTF-8 without control
+/// characters, not `.`, not starting with `..` (surface 1: `..data` and the generations are the driver's own).
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct FileName(String);
+text_type!(FileName);
+
+impl FileName {
+    /// The most segments of a name.
+    pub const MAX_SEGMENTS: usize = 4;
+    /// The longest segment, in bytes: two less than NAME_MAX, as in a Secret's key.
+    pub const MAX_SEGMENT: usize = 253;
+
+    /// Parses a name.
+    pub fn parse(text: &str) -> Result<Self, Malformed> {
+        if text.split('/').count() > Self::MAX_SEGMENTS {
+            return Err(Malformed(format!("a file name has at most {} segments", Self::MAX_SEGMENTS)));
+        }
+        for segment in text.split('/') {
+            Self::check_segment(segment)?;
+        }
+        Ok(Self(text.to_owned()))
+    }
+
+    fn check_segment(segment: &str) -> Result<(), Malformed> {
+        let fault = if segment.is_empty() {
+            "a segment of a file name is empty"
+        } else if segment.len() > Self::MAX_SEGMENT {
+            "a segment of a file name is longer than 253 bytes"
+        } else if segment.chars().any(char::is_control) {
+            "a file name holds a control character"
+        } else if segment == "." || segment.starts_with("..") {
+            "a segment of a file name is \".\" or starts with \"..\""
+        } else {
+            return Ok(());
+        };
+        Err(Malformed(fault.into()))
+    }
+
+    /// The segments, outermost first.
+    pub fn segments(&self) -> impl Iterator<Item = &str> {
+        self.0.split('/')
+    }
+}
+
+/// The pod a call is about, as the kubelet names it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct PodRef {
+    /// Namespace.
+    pub namespace: String,
+    /// Name.
+    pub name: String,
+    /// UID.
+    pub uid: PodUid,
+    /// The pod's service account.
+    pub service_account: String,
+}
+
+impl fmt::Display for PodRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// How often a volume's content is fetched again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refresh {
+    /// After this time, jittered by the schedule.
+    Every(Duration),
+    /// Only when the pod is published anew.
+    Never,
+}
+
+/// What the volume's attributes ask for: what an app team writes, surface 1.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Claim {
+    /// `for`: the containers that may read; `None`: the only one that mounts the volume.
+    pub readers: Option<Vec<String>>,
+    /// `uid`, at most 2147483647.
+    pub uid: Option<u32>,
+    /// `vault`: a connection's name.
+    pub vault: Option<String>,
+    /// `role`.
+    pub role: Option<String>,
+    /// `refresh`.
+    pub refresh: Option<Refresh>,
+    /// `files`; `None` with a Secret means every key under its own name.
+    pub files: Option<Files>,
+    /// [`attributes_digest`] of the attributes as written: the pod's spec must hold the same.
+    pub digest: [u8; 32],
+}
+
+/// A digest over attributes but the reserved ones, so that the attributes of a call can be compared with those of
+/// the pod's spec after both were parsed.
+pub fn attributes_digest<'a>(attributes: impl IntoIterator<Item = (&'a str, &'a str)>) -> [u8; 32] {
+    let sorted: BTreeMap<&str, &str> = attributes.into_iter().filter(|(key, _)| !key.starts_with(RESERVED)).collect();
+    let mut hash = Sha256::new();
+    for (key, value) in sorted {
+        for part in [key, value] {
+            hash.update(u64::try_from(part.len()).unwrap_or(u64::MAX).to_le_bytes());
+            hash.update(part);
+        }
+    }
+    hash.finalize().into()
+}
+
+/// One ServiceAccount token of the pod, for one audience.
+#[allow(missing_debug_implementations)] // holds a token
+pub struct Token {
+    /// The JWT.
+    pub jwt: SecretText,
+    /// When it expires.
+    pub expires: SystemTime,
+}
+
+/// A whole NodePublishVolume, parsed (`csi/parse.rs`): nothing in it is taken on trust from the pod's author.
+#[allow(missing_debug_implementations)] // holds secrets
+pub struct Publish {
+    /// The volume; id and target path of the call were checked against it.
+    pub volume: VolumeId,
+    /// The pod.
+    pub pod: PodRef,
+    /// What the attributes ask for.
+    pub claim: Claim,
+    /// The data of the Secret in `nodePublishSecretRef`, if the pod names one with at least one key.
+    pub secret: Option<BTreeMap<String, SecretBytes>>,
+    /// The pod's tokens by audience; their claims were checked to name this pod.
+    pub tokens: BTreeMap<String, Token>,
+}
+
+/// Who owns the files of a volume: the readers' UID, and the group, which never has a right.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Owner {
+    /// The UID inside the container (a mount is idmapped by the runtime where user namespaces are on).
+    pub uid: u32,
+    /// Always 0: no group bit is ever set, so the group decides nothing.
+    pub gid: u32,
+}
