@@ -1,0 +1,4 @@
+//! Written in its slice.
+#[path = "../lab/mod.rs"]
+mod lab;
+fn main() {}
