@@ -8,8 +8,6 @@ const NO_DEBUG: [&str; 1] = [".csi.v1.NodePublishVolumeRequest"];
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto");
     let files = protox::compile(["csi.proto", "pluginregistration.proto"], ["proto"])?;
-    tonic_prost_build::configure()
-        .skip_debug(NO_DEBUG)
-        .compile_fds(files)?;
+    tonic_prost_build::configure().skip_debug(NO_DEBUG).compile_fds(files)?;
     Ok(())
 }

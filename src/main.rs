@@ -1,1 +1,3 @@
-fn main(){}
+//! The one binary. What it does stands in the library.
+
+fn main() {}
