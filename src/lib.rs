@@ -13,5 +13,6 @@ pub mod pods;
 pub mod policy;
 pub mod publish;
 pub mod request;
+pub mod schedule;
 pub mod secret;
 pub mod source;

@@ -7,8 +7,6 @@ use hmac::{Hmac, KeyInit, Mac};
 use secrecy::{ExposeSecret, SecretSlice, SecretString};
 use sha2::Sha256;
 
-use crate::request::FileName;
-
 /// The bytes of one secret value.
 #[allow(missing_debug_implementations)] // a secret's type cannot print itself
 pub struct SecretBytes(SecretSlice<u8>);
@@ -57,14 +55,21 @@ impl SecretText {
 pub struct TagKey(pub [u8; 32]);
 
 impl TagKey {
+    /// A key that nobody can guess; an error only where the kernel has no randomness to give.
+    pub fn random() -> Result<Self, getrandom::Error> {
+        let mut key = [0; 32];
+        getrandom::fill(&mut key)?;
+        Ok(Self(key))
+    }
+
     /// HMAC-SHA-256 over the sorted names and bytes: the same content has the same tag under one key.
-    pub fn tag<'a>(&self, files: impl IntoIterator<Item = (&'a FileName, &'a SecretBytes)>) -> Tag {
+    pub fn tag<'a>(&self, files: impl IntoIterator<Item = (&'a str, &'a SecretBytes)>) -> Tag {
         let mut files: Vec<_> = files.into_iter().collect();
         files.sort_by_key(|(name, _)| *name);
         // A key of any length is taken by HMAC (RFC 2104), so this cannot fail.
         let Ok(mut mac) = Hmac::<Sha256>::new_from_slice(&self.0) else { return Tag([0; 32]) };
         for (name, bytes) in files {
-            for part in [name.as_str().as_bytes(), bytes.expose()] {
+            for part in [name.as_bytes(), bytes.expose()] {
                 mac.update(&u64::try_from(part.len()).unwrap_or(u64::MAX).to_le_bytes());
                 mac.update(part);
             }
