@@ -5,3 +5,5 @@
 
 #[path = "../lab/mod.rs"]
 mod lab;
+
+mod vault;
