@@ -27,10 +27,7 @@ pub struct Seen {
 impl Seen {
     /// A header's value.
     pub fn header(&self, name: &str) -> Option<&str> {
-        self.headers
-            .iter()
-            .find(|(key, _)| key == name)
-            .map(|(_, value)| value.as_str())
+        self.headers.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str())
     }
 }
 
@@ -51,13 +48,7 @@ pub struct Reply {
 impl Reply {
     /// An empty reply.
     pub fn status(status: u16) -> Self {
-        Self {
-            after: Duration::ZERO,
-            status,
-            headers: Vec::new(),
-            body: Vec::new(),
-            cut: None,
-        }
+        Self { after: Duration::ZERO, status, headers: Vec::new(), body: Vec::new(), cut: None }
     }
 
     /// A JSON reply.
@@ -127,13 +118,11 @@ impl Server {
                 let (tls, seen, answer) = (tls.clone(), Arc::clone(&seen), Arc::clone(&answer));
                 thread::spawn(move || {
                     let Ok(socket) = stream.try_clone() else { return };
-                    // An error here is the client's: it went away or did not trust us.
-                    let _ = match tls {
-                        Some(config) => rustls::ServerConnection::new(config)
-                            .map(|tls| converse(rustls::StreamOwned::new(tls, stream), &socket, &seen, &*answer))
-                            .map_err(drop),
-                        None => Ok(converse(stream, &socket, &seen, &*answer)),
-                    };
+                    let Some(config) = tls else { return converse(stream, &socket, &seen, &*answer) };
+                    // A failing handshake shows when the stream is read: the client did not trust us.
+                    if let Ok(tls) = rustls::ServerConnection::new(config) {
+                        converse(rustls::StreamOwned::new(tls, stream), &socket, &seen, &*answer);
+                    }
                 });
             }
         });
@@ -174,21 +163,13 @@ fn converse(
         seen.lock().expect("not poisoned").push(request.clone());
         let reply = answer(&request);
         thread::sleep(reply.after);
-        let mut head = format!(
-            "HTTP/1.1 {} Said\r\ncontent-length: {}\r\n",
-            reply.status,
-            reply.body.len()
-        );
+        let mut head = format!("HTTP/1.1 {} Said\r\ncontent-length: {}\r\n", reply.status, reply.body.len());
         for (name, value) in &reply.headers {
             head.push_str(&format!("{name}: {value}\r\n"));
         }
         head.push_str("\r\n");
         let body = reply.cut.map_or(&reply.body[..], |bytes| &reply.body[..bytes]);
-        if stream
-            .write_all(&[head.as_bytes(), body].concat())
-            .and_then(|()| stream.flush())
-            .is_err()
-        {
+        if stream.write_all(&[head.as_bytes(), body].concat()).and_then(|()| stream.flush()).is_err() {
             return;
         }
         if reply.cut.is_some() {
@@ -214,12 +195,7 @@ fn receive(stream: &mut impl Read, buffer: &mut Vec<u8>) -> Option<Seen> {
             if buffer.len() >= end + 4 + length {
                 let body = buffer[end + 4..end + 4 + length].to_vec();
                 buffer.drain(..end + 4 + length);
-                return Some(Seen {
-                    method: first.next()?.into(),
-                    path: first.next()?.into(),
-                    headers,
-                    body,
-                });
+                return Some(Seen { method: first.next()?.into(), path: first.next()?.into(), headers, body });
             }
         }
         match stream.read(&mut chunk) {
