@@ -5,6 +5,7 @@
 
 pub mod certificates;
 pub mod issuer;
+pub mod kubelet;
 pub mod openbao;
 pub mod programs;
 pub mod replies;
