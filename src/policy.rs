@@ -3,9 +3,11 @@
 pub mod facts;
 pub mod rules;
 
+use std::time::SystemTime;
+
 use crate::request::{Claim, Code, Fault, Owner, PodRef, VolumeId};
 use facts::PodFacts;
-pub use rules::{RULES, Rule, Rules, Severity};
+pub use rules::{Namespaces, RULES, Rule, Rules, Severity, Waiver};
 
 /// Proof that [`judge`] allowed this volume: only it can make one, and `source` and `broker` calls demand it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,13 +42,15 @@ pub type Warning = Fault;
 /// A rule's finding that refuses.
 pub type Refusal = Fault;
 
-/// Decides who may read `volume` of the pod described by `facts`. On `Err` the list is never empty.
+/// Decides who may read `volume` of the pod described by `facts`. `now` decides which waivers still hold. Waived
+/// refusals come back among the warnings. On `Err` the list is never empty.
 pub fn judge(
     volume: &VolumeId,
     claim: &Claim,
     facts: &PodFacts,
     rules: &Rules,
+    now: SystemTime,
 ) -> Result<(Grant, Vec<Warning>), Vec<Refusal>> {
-    let _ = (volume, claim, facts, rules);
+    let _ = (volume, claim, facts, rules, now);
     Err(vec![Fault { code: Code("SM100"), field: String::new(), text: String::new() }])
 }

@@ -210,6 +210,17 @@ impl FileName {
         Ok(Self(text.to_owned()))
     }
 
+    /// The name of `key` below `directory`, or by itself. `key` is one segment: it may hold no `/`.
+    pub fn join(directory: Option<&Self>, key: &str) -> Result<Self, Malformed> {
+        if key.contains('/') {
+            return Err(Malformed("a key that holds \"/\" cannot name a file".into()));
+        }
+        match directory {
+            Some(directory) => Self::parse(&format!("{directory}/{key}")),
+            None => Self::parse(key),
+        }
+    }
+
     fn check_segment(segment: &str) -> Result<(), Malformed> {
         let fault = if segment.is_empty() {
             "a segment of a file name is empty"
@@ -248,6 +259,26 @@ impl fmt::Display for PodRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.namespace, self.name)
     }
+}
+
+/// Parses `([0-9]+[hms])+`, such as `30m` or `1h30m`. `None` if it is something else, or more than `u64` seconds.
+pub fn duration(text: &str) -> Option<Duration> {
+    let mut total: u64 = 0;
+    let mut rest = text;
+    while !rest.is_empty() {
+        let digits = rest.find(|c: char| !c.is_ascii_digit())?;
+        let (number, tail) = rest.split_at(digits);
+        let mut tail = tail.chars();
+        let seconds = match tail.next()? {
+            'h' => 3600,
+            'm' => 60,
+            's' => 1,
+            _ => return None,
+        };
+        total = number.parse::<u64>().ok()?.checked_mul(seconds)?.checked_add(total)?;
+        rest = tail.as_str();
+    }
+    (!text.is_empty()).then_some(Duration::from_secs(total))
 }
 
 /// How often a volume's content is fetched again.
@@ -299,6 +330,8 @@ pub struct Token {
     pub jwt: SecretText,
     /// When it expires.
     pub expires: SystemTime,
+    /// The UID of the service account it speaks for: a login shared by name alone would outlive the account.
+    pub service_account_uid: String,
 }
 
 /// A whole NodePublishVolume, parsed (`csi/parse.rs`): nothing in it is taken on trust from the pod's author.
@@ -323,4 +356,43 @@ pub struct Owner {
     pub uid: u32,
     /// Always 0: no group bit is ever set, so the group decides nothing.
     pub gid: u32,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations() {
+        for (text, seconds) in [("0s", 0), ("90s", 90), ("5m", 300), ("1h30m", 5400), ("1s1s", 2), ("007m", 420)] {
+            assert_eq!(duration(text), Some(Duration::from_secs(seconds)), "{text}");
+        }
+        for text in ["", "5", "m", "5d", "5 m", "-5m", "1.5h", "5m ", "never", "99999999999999999h", "5m3", "٣m"] {
+            assert_eq!(duration(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn file_names() {
+        for text in ["a", "a/b/c/d", ".a", "ü", "a b", "a..b"] {
+            assert_eq!(FileName::parse(text).unwrap().as_str(), text);
+        }
+        assert!(FileName::parse(&"a".repeat(253)).is_ok());
+        let long = "a".repeat(254);
+        for text in ["", "/a", "a/", "a//b", ".", "..", "..a", "a/..", "a/./b", "a\0", "a\u{85}", "a/b/c/d/e", &long] {
+            assert!(FileName::parse(text).is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn joins_one_segment_only() {
+        let tls = FileName::parse("tls").unwrap();
+        assert_eq!(FileName::join(Some(&tls), "key").unwrap().as_str(), "tls/key");
+        assert_eq!(FileName::join(None, "key").unwrap().as_str(), "key");
+        for key in ["a/b", "", "..", "..data", "a\nb"] {
+            assert!(FileName::join(Some(&tls), key).is_err(), "{key:?}");
+        }
+        let deep = FileName::parse("a/b/c/d").unwrap();
+        assert!(FileName::join(Some(&deep), "e").is_err());
+    }
 }

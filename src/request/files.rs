@@ -88,8 +88,22 @@ pub struct VaultPath(String);
 impl VaultPath {
     /// Parses a path.
     pub fn parse(text: &str) -> Result<Self, Malformed> {
-        let _ = text;
-        Err(Malformed("not written yet".into()))
+        let fault = if text.is_empty() {
+            "a path is empty"
+        } else if text.starts_with('/') || text.starts_with("v1/") {
+            "a path begins with the mount's name, as in Vault's policies: no leading \"/\" or \"v1/\""
+        } else if text.chars().any(char::is_control) {
+            "a path holds a control character"
+        } else if text.contains('%') {
+            "a path holds \"%\"; write the name as it is, nothing is decoded"
+        } else if text.split('/').any(str::is_empty) {
+            "a path has an empty segment: \"//\", or \"/\" at the end"
+        } else if text.split('/').any(|segment| segment == "." || segment == "..") {
+            "a segment of a path is \".\" or \"..\""
+        } else {
+            return Ok(Self(text.to_owned()));
+        };
+        Err(Malformed(fault.into()))
     }
 
     /// The path.
