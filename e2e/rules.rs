@@ -1,1 +1,697 @@
-//! The house rules that the compiler does not check.
+//! The house rules that the compiler does not check: which room may use which, where privilege and secrets may be,
+//! and what the tree must not hold. Each rule is a function from text to faults, and has a sample that breaks it.
+// A rule stops at what it cannot read.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::string_slice)]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
+
+/// The arrows between rooms (`src/<room>.rs` and `src/<room>/`). They point down only: a room uses what stands in its
+/// line, itself, and the two leaves `request` and `secret`, which hold the plain facts everyone speaks of.
+const ARROWS: &[(&str, &[&str])] = &[
+    ("lib", &[]),
+    ("main", &["cli"]),
+    ("cli", &["admin", "broker", "config", "harden", "log", "node", "policy"]),
+    // The only file that knows every concrete type.
+    (
+        "node",
+        &[
+            "admin",
+            "broker",
+            "config",
+            "csi",
+            "events",
+            "harden",
+            "health",
+            "log",
+            "metrics",
+            "pods",
+            "policy",
+            "publish",
+            "registration",
+            "schedule",
+            "source",
+        ],
+    ),
+    ("csi", &["config", "metrics", "policy", "publish"]),
+    ("registration", &["metrics"]),
+    ("admin", &["publish"]),
+    ("schedule", &["config", "metrics", "publish"]),
+    ("health", &["metrics", "publish"]),
+    ("publish", &["broker::client", "broker::wire", "config", "events", "metrics", "pods", "policy", "source"]),
+    ("pods", &["broker::client", "broker::wire", "metrics", "policy"]),
+    ("source", &["config", "metrics", "policy"]),
+    ("events", &["metrics"]),
+    ("config", &["policy"]),
+    ("policy", &[]),
+    ("metrics", &[]),
+    ("log", &[]),
+    ("harden", &[]),
+    // The privileged half: nothing of the worker.
+    ("broker", &["harden"]),
+    ("request", &[]),
+    ("secret", &[]),
+];
+const LEAVES: [&str; 2] = ["request", "secret"];
+
+/// Crates that only these files may use; a name ending in `/` is a directory.
+const CRATES: &[(&[&str], &[&str])] = &[
+    (&["tonic", "tonic_prost", "prost", "prost_types"], &["csi.rs", "csi/", "registration.rs", "pods/kubelet.rs"]),
+    (&["kube", "k8s_openapi"], &["pods/", "events.rs"]),
+    (&["vaultrs", "rustify", "reqwest"], &["source/vault.rs", "source/vault/"]),
+    (&["nix", "rustix", "libc"], &["broker/", "harden.rs"]),
+    (&["landlock", "seccompiler"], &["harden.rs"]),
+];
+
+/// Rooms that may use only these crates: a line for each room whose smallness is a promise.
+const ONLY: &[(&str, &[&str])] = &[
+    // No runtime, no TLS, no HTTP, no YAML, no JSON beside root.
+    ("broker", &["libc", "nix", "postcard", "rustix", "serde", "thiserror", "tracing"]),
+    ("policy", &["jiff", "serde", "thiserror"]),
+    ("request", &["jiff", "secrecy", "serde", "serde_saphyr", "sha2", "strsim", "thiserror"]),
+    ("secret", &["getrandom", "hmac", "secrecy", "sha2", "zeroize"]),
+];
+
+/// What a pure room must not name: policy answers from what it is given, so that `check` and the node agree.
+const IMPURE: [&str; 8] =
+    ["async", "await", "std::fs", "std::env", "std::net", "std::process", "SystemTime::now", "Instant::now"];
+
+/// Where unsafe may stand.
+const UNSAFE: [&str; 3] = ["harden.rs", "broker/mounts.rs", "broker/volume.rs"];
+
+/// Lines of the privileged half, without comments, blanks and tests.
+const BROKER_LINES: usize = 1000;
+
+/// A source file: its path below the tree's root, its text, and its code (see [`code_of`]).
+struct Source {
+    path: String,
+    text: String,
+    code: String,
+}
+
+impl Source {
+    fn new(path: &str, text: &str) -> Self {
+        Self { path: path.into(), text: text.into(), code: without_tests(&code_of(text)) }
+    }
+
+    /// The path below `src/`.
+    fn name(&self) -> &str {
+        self.path.strip_prefix("src/").unwrap_or(&self.path)
+    }
+
+    /// The room: `csi` for `src/csi.rs` and `src/csi/parse.rs`.
+    fn room(&self) -> &str {
+        self.name().split('/').next().unwrap().trim_end_matches(".rs")
+    }
+
+    /// The part of the broker that the worker runs is a room of its own.
+    fn privileged(&self) -> bool {
+        self.room() == "broker" && self.name() != "broker/client.rs"
+    }
+
+    fn is_test(&self) -> bool {
+        self.path.ends_with("/tests.rs")
+    }
+
+    fn in_one_of(&self, names: &[&str]) -> bool {
+        names.iter().any(|n| if n.ends_with('/') { self.name().starts_with(n) } else { self.name() == *n })
+    }
+}
+
+// === reading Rust just well enough ===
+
+/// The text with comments, strings and characters blanked, each byte by a space; newlines stay.
+fn code_of(text: &str) -> String {
+    let b = text.as_bytes();
+    let mut out = b.to_vec();
+    let blank = |out: &mut Vec<u8>, from: usize, to: usize| {
+        out[from..to].iter_mut().filter(|c| **c != b'\n').for_each(|c| *c = b' ');
+    };
+    let at = |i: usize| b.get(i).copied().unwrap_or(0);
+    let word = |c: u8| c.is_ascii_alphanumeric() || c == b'_';
+    let mut i = 0;
+    while i < b.len() {
+        let start = i;
+        if at(i) == b'/' && at(i + 1) == b'/' {
+            while i < b.len() && b[i] != b'\n' {
+                i += 1;
+            }
+        } else if at(i) == b'/' && at(i + 1) == b'*' {
+            let mut depth = 0;
+            loop {
+                match (at(i), at(i + 1)) {
+                    (b'/', b'*') => (depth, i) = (depth + 1, i + 2),
+                    (b'*', b'/') => (depth, i) = (depth - 1, i + 2),
+                    _ => i += 1,
+                }
+                if depth == 0 || i >= b.len() {
+                    break;
+                }
+            }
+        } else if at(i) == b'r' && (i == 0 || !word(b[i - 1]) || b[i - 1] == b'b') && {
+            let hashes = b[i + 1..].iter().take_while(|c| **c == b'#').count();
+            at(i + 1 + hashes) == b'"'
+        } {
+            let hashes = b[i + 1..].iter().take_while(|c| **c == b'#').count();
+            let end = format!("\"{}", "#".repeat(hashes));
+            let body = i + 2 + hashes;
+            i = text[body..].find(&end).map_or(b.len(), |p| body + p + end.len());
+        } else if at(i) == b'"' {
+            i += 1;
+            while i < b.len() && b[i] != b'"' {
+                i += if b[i] == b'\\' { 2 } else { 1 };
+            }
+            i += 1;
+        } else if at(i) == b'\'' && (at(i + 1) == b'\\' || char_ends(text, i + 1) == Some(b'\'')) {
+            i += 1;
+            while i < b.len() && b[i] != b'\'' {
+                i += if b[i] == b'\\' { 2 } else { 1 };
+            }
+            i += 1;
+        } else {
+            i += 1;
+            continue;
+        }
+        i = i.min(b.len());
+        blank(&mut out, start, i);
+    }
+    String::from_utf8(out).unwrap()
+}
+
+/// The byte after the character at `i`: tells 'a' from a lifetime.
+fn char_ends(text: &str, i: usize) -> Option<u8> {
+    let width = text.get(i..)?.chars().next()?.len_utf8();
+    text.as_bytes().get(i + width).copied()
+}
+
+/// Blanks every item under `#[cfg(test)]`.
+fn without_tests(code: &str) -> String {
+    let mut out = code.to_owned();
+    let mut from = 0;
+    while let Some(start) = out[from..].find("#[cfg(test)]").map(|p| from + p) {
+        let body = out[start..].find(['{', ';']).map_or(out.len(), |p| start + p);
+        let end = if out[body..].starts_with('{') { closing(&out, body) } else { (body + 1).min(out.len()) };
+        let blank: String = out[start..end].chars().map(|c| if c == '\n' { '\n' } else { ' ' }).collect();
+        out.replace_range(start..end, &blank);
+        from = start + blank.len();
+    }
+    out
+}
+
+/// Behind the bracket that closes the one at `open`.
+fn closing(code: &str, open: usize) -> usize {
+    let mut depth = 0;
+    for (i, c) in code[open..].char_indices() {
+        match c {
+            '{' => depth += 1,
+            '}' => depth -= 1,
+            _ => {}
+        }
+        if depth == 0 {
+            return open + i + 1;
+        }
+    }
+    code.len()
+}
+
+/// Every path that starts in this code, with `use` trees spelled out: `crate::a::{b, c::d}` gives two.
+fn paths(code: &str) -> BTreeSet<String> {
+    let word = |c: char| c.is_alphanumeric() || c == '_';
+    let mut found = BTreeSet::new();
+    let flat: String = code.split_whitespace().collect::<Vec<_>>().join(" ").replace(" ::", "::").replace(":: ", "::");
+    let mut previous = "";
+    for (start, token) in flat.match_indices(word).filter_map(|(i, _)| {
+        let begins = flat[..i].chars().next_back().is_none_or(|c| !word(c));
+        begins.then(|| (i, &flat[i..i + flat[i..].find(|c| !word(c)).unwrap_or(flat.len() - i)]))
+    }) {
+        let inside = flat[..start].ends_with("::") || flat[..start].ends_with('.');
+        let path = flat[start + token.len()..].starts_with("::");
+        let global = flat[..start].ends_with("::") && !flat[..start - 2].ends_with(|c| word(c) || c == '>');
+        if (path || previous == "use") && (!inside || global) {
+            expand("", &flat[start..], &mut found);
+        } else if previous == "use" && token == "crate" {
+            expand("", &flat[start..], &mut found);
+        }
+        if flat[..start].ends_with("use {") {
+            expand("", &flat[start - 1..], &mut found);
+        }
+        previous = token;
+    }
+    found
+}
+
+/// Spells out one `use` tree; stops at what is no path any more. Gives how much it read.
+fn expand(prefix: &str, tree: &str, found: &mut BTreeSet<String>) -> usize {
+    let end = tree.find(|c: char| !(c.is_alphanumeric() || c == '_' || c == ':')).unwrap_or(tree.len());
+    let path = format!("{prefix}{}", &tree[..end]);
+    if !(tree[end..].starts_with('{') && (path.is_empty() || path.ends_with("::"))) {
+        found.insert(path.trim_end_matches(':').to_owned());
+        return end;
+    }
+    let mut i = end + 1;
+    while i < tree.len() && !tree[i..].starts_with('}') {
+        let rest = tree[i..].trim_start_matches([' ', ',']);
+        i = tree.len() - rest.len();
+        if rest.starts_with('}') {
+            break;
+        }
+        i += expand(&path, rest, found);
+        // `as name`, `*`
+        i += tree[i..].find([',', '}']).unwrap_or(tree.len() - i);
+    }
+    i + 1
+}
+
+// === the rules ===
+
+fn arrows(source: &Source) -> Vec<String> {
+    let room = source.room();
+    let Some((_, allowed)) = ARROWS.iter().find(|(name, _)| *name == room) else {
+        return vec![format!("{}: a new room: give it a line in ARROWS", source.path)];
+    };
+    let mut faults = Vec::new();
+    for path in paths(&source.code) {
+        let mut segments: Vec<&str> = path.split("::").collect();
+        let top_level = !source.name().contains('/');
+        if segments.starts_with(&["super", "super"]) {
+            faults.push(format!("{}: `{path}`: write crate::", source.path));
+        }
+        match segments[0] {
+            "crate" => {}
+            "sealmount" if room == "main" => {}
+            "super" if top_level && room != "lib" => {}
+            // `super` in a room's file is the room; for the broker the side matters.
+            "super" if room == "broker" => segments.splice(0..1, ["crate", "broker"]).for_each(drop),
+            _ => continue,
+        }
+        let Some(used) = segments.get(1) else { continue };
+        let part = format!("{used}::{}", segments.get(2).unwrap_or(&""));
+        let own = *used == room;
+        let fine = if source.name() == "broker/client.rs" {
+            LEAVES.contains(used) || part == "broker::wire" || *used == "metrics"
+        } else if own && source.privileged() {
+            part != "broker::client"
+        } else {
+            own || LEAVES.contains(used) || allowed.contains(used) || allowed.contains(&part.as_str())
+        };
+        if !fine {
+            faults.push(format!("{}: `{path}`: no arrow from {room} to {used}", source.path));
+        }
+    }
+    faults
+}
+
+fn crates(source: &Source, dependencies: &BTreeSet<String>) -> Vec<String> {
+    let mut faults = Vec::new();
+    let used = paths(&source.code);
+    let used: BTreeSet<&str> = used.iter().filter_map(|p| p.trim_start_matches(':').split("::").next()).collect();
+    for (names, files) in CRATES {
+        if !source.in_one_of(files) {
+            let wrong = names.iter().filter(|n| used.contains(**n));
+            faults.extend(wrong.map(|n| format!("{}: `{n}` belongs into {}", source.path, files.join(", "))));
+        }
+    }
+    let small = ONLY.iter().filter(|(room, _)| *room == source.room() && (*room != "broker" || source.privileged()));
+    for (room, allowed) in small {
+        let wrong = used.iter().filter(|u| dependencies.contains(**u) && !allowed.contains(u));
+        faults.extend(wrong.map(|u| format!("{}: {room} does without `{u}`", source.path)));
+    }
+    faults
+}
+
+fn purity(source: &Source) -> Vec<String> {
+    let word = |c: char| c.is_alphanumeric() || c == '_';
+    let is_named = |name: &str| {
+        source
+            .code
+            .match_indices(name)
+            .any(|(i, _)| !source.code[..i].ends_with(word) && !source.code[i + name.len()..].starts_with(word))
+    };
+    let named = IMPURE.iter().filter(|name| source.room() == "policy" && is_named(name));
+    named.map(|name| format!("{}: policy is pure: `{name}`", source.path)).collect()
+}
+
+fn unsafety(source: &Source) -> Vec<String> {
+    let mut faults = Vec::new();
+    let lines: Vec<&str> = source.text.lines().collect();
+    let word = |c: char| c.is_alphanumeric() || c == '_';
+    let uses: Vec<usize> = (source.code.lines().enumerate())
+        .filter(|(_, line)| line.split(|c| !word(c)).any(|w| w == "unsafe"))
+        .map(|(i, _)| i)
+        .collect();
+    if !uses.is_empty() && !source.in_one_of(&UNSAFE) {
+        faults.push(format!("{}:{}: unsafe belongs into {}", source.path, uses[0] + 1, UNSAFE.join(", ")));
+    }
+    if source.name() == "broker/volume.rs" && uses.len() > 1 {
+        faults.push(format!("{}: one unsafe block here: the fork", source.path));
+    }
+    for i in uses {
+        if !lines[i.saturating_sub(6)..=i].iter().any(|line| line.contains("SAFETY:")) {
+            faults.push(format!("{}:{}: unsafe without a SAFETY line", source.path, i + 1));
+        }
+    }
+    faults
+}
+
+/// Types that hold a secret, also through another type, must not derive a way to print or to store it.
+fn printable_secrets(sources: &[Source]) -> Vec<String> {
+    let word = |c: char| c.is_alphanumeric() || c == '_';
+    let mut types: BTreeMap<String, (String, String, &str)> = BTreeMap::new();
+    for source in sources {
+        for keyword in ["struct ", "enum "] {
+            for (i, _) in source.code.match_indices(keyword) {
+                if source.code[..i].ends_with(word) {
+                    continue;
+                }
+                let rest = &source.code[i + keyword.len()..];
+                let name: String = rest.chars().take_while(|c| word(*c)).collect();
+                let body = match rest.find(['{', ';']) {
+                    Some(p) if rest[p..].starts_with('{') => &rest[..closing(rest, p)],
+                    Some(p) => &rest[..p],
+                    None => continue,
+                };
+                // Attributes stand between the end of the item before and this one.
+                let before = source.code[..i].rfind(['}', ';']).map_or(0, |p| p + 1);
+                types.insert(name, (body.to_owned(), source.code[before..i].to_owned(), &source.path));
+            }
+        }
+    }
+    let mut secret: BTreeSet<String> =
+        ["SecretBytes", "SecretText", "SecretString", "SecretSlice", "SecretBox", "Zeroizing"].map(String::from).into();
+    loop {
+        let more: Vec<String> = (types.iter())
+            .filter(|(name, (body, ..))| {
+                !secret.contains(*name) && body.split(|c| !word(c)).skip(1).any(|w| secret.contains(w))
+            })
+            .map(|(name, _)| name.clone())
+            .collect();
+        if more.is_empty() {
+            break;
+        }
+        secret.extend(more);
+    }
+    let mut faults = Vec::new();
+    for (name, (_, attributes, path)) in types.iter().filter(|(name, _)| secret.contains(*name)) {
+        for derive in attributes.split("derive(").skip(1) {
+            let list = &derive[..derive.find(')').unwrap_or(derive.len())];
+            let wrong = list.split(|c| !word(c)).find(|w| ["Debug", "Serialize", "Display"].contains(w));
+            faults.extend(wrong.map(|w| format!("{path}: {name} holds a secret and derives {w}")));
+        }
+    }
+    faults
+}
+
+/// Messages that carry what must not be printed are listed in proto/build.rs.
+fn printable_messages(proto: &str, build: &str) -> Vec<String> {
+    let package = proto.lines().find_map(|l| l.strip_prefix("package ")).unwrap_or("").trim_end_matches(';');
+    let mut faults = Vec::new();
+    let mut message = "";
+    for line in proto.lines() {
+        if let Some(rest) = line.trim().strip_prefix("message ") {
+            message = rest.split([' ', '{']).next().unwrap();
+        }
+        let field = line.split("//").next().unwrap().split('=').next().unwrap().split_whitespace().next_back();
+        if matches!(field, Some("secrets" | "volume_context")) && !build.contains(&format!("\".{package}.{message}\""))
+        {
+            faults.push(format!("proto: {message} holds `{}`: add it to NO_DEBUG in proto/build.rs", field.unwrap()));
+        }
+    }
+    faults
+}
+
+fn dependency_comments(manifest: &str) -> Vec<String> {
+    let mut faults = Vec::new();
+    let (mut inside, mut before) = (false, "");
+    for line in manifest.lines() {
+        if line.starts_with('[') {
+            inside = line.ends_with("dependencies]");
+        } else if inside && line.contains(" = ") && !line.starts_with('#') {
+            let said = before.strip_prefix("# ").is_some_and(|text| !text.starts_with("---") && !text.is_empty());
+            if !said {
+                faults.push(format!("Cargo.toml: what is it for? `{line}`"));
+            }
+        }
+        before = line;
+    }
+    faults
+}
+
+/// Lines of code in the privileged half.
+fn broker_lines(sources: &[Source]) -> usize {
+    let privileged = sources.iter().filter(|s| s.path.starts_with("src/") && s.privileged() && !s.is_test());
+    privileged.flat_map(|s| s.code.lines()).filter(|line| !line.trim().is_empty()).count()
+}
+
+/// Three blocks: std, crates, this crate.
+fn import_blocks(source: &Source, dependencies: &BTreeSet<String>) -> Vec<String> {
+    let kind = |line: &str| {
+        let path = line.split_once("use ")?.1;
+        let first = path.split(|c: char| !(c.is_alphanumeric() || c == '_')).next()?;
+        Some(match first {
+            "std" | "core" | "alloc" => 0,
+            dependency if dependencies.contains(dependency) => 1,
+            _ => 2,
+        })
+    };
+    let mut last = 0;
+    let mut blank = true;
+    for line in source.text.lines() {
+        let is_use = line.starts_with("use ") || line.starts_with("pub use ");
+        let continues = line.starts_with([' ', '}', '#']) || line.starts_with("//") || line.starts_with("mod ");
+        if is_use && let Some(next) = kind(line) {
+            let wrong = if blank { next < last } else { next != last };
+            if wrong {
+                return vec![format!("{}: imports are three blocks, std, crates, crate: `{line}`", source.path)];
+            }
+            last = next;
+            blank = false;
+        } else if line.is_empty() {
+            blank = true;
+        } else if !continues && !line.starts_with("pub mod ") {
+            break;
+        }
+    }
+    Vec::new()
+}
+
+fn file_names(path: &str) -> Vec<String> {
+    let stem = Path::new(path).file_stem().and_then(|s| s.to_str()).unwrap_or("");
+    let vague = ["util", "utils", "helper", "helpers", "manager", "common", "misc"].contains(&stem);
+    if vague || (stem == "mod" && path.starts_with("src/")) {
+        return vec![format!("{path}: name the file after what it does")];
+    }
+    Vec::new()
+}
+
+/// Paths of one machine, and notes to oneself.
+fn leftovers(path: &str, text: &str) -> Vec<String> {
+    let machine = [
+        concat!("/ro", "ot/"),
+        concat!("/wo", "rk/"),
+        concat!("/ho", "me/"),
+        concat!("/tm", "p/wt"),
+        concat!("/tm", "p/tgt"),
+    ];
+    let notes = [concat!("TO", "DO"), concat!("FIX", "ME"), concat!("X", "XX")];
+    let mut faults = Vec::new();
+    for (i, line) in text.lines().enumerate() {
+        for needle in machine {
+            // Only where a path starts: /proc/PID/root/ is no machine's.
+            let starts = |p: usize| line[..p].chars().next_back().is_none_or(|c| " \t\"'`(=:,<[".contains(c));
+            if line.match_indices(needle).any(|(p, _)| starts(p)) {
+                faults.push(format!("{path}:{}: a path of one machine: {needle}", i + 1));
+            }
+        }
+        let noted = notes.iter().find(|n| line.split(|c: char| !c.is_alphanumeric()).any(|w| w == **n));
+        faults.extend(noted.map(|n| format!("{path}:{}: {n}", i + 1)));
+    }
+    faults
+}
+
+// === the tree ===
+
+fn tree() -> Vec<(String, String)> {
+    fn walk(root: &Path, below: &Path, out: &mut Vec<(String, String)>) {
+        for entry in fs::read_dir(root.join(below)).unwrap() {
+            let entry = entry.unwrap();
+            let path = below.join(entry.file_name());
+            let name = entry.file_name();
+            if entry.file_type().unwrap().is_dir() {
+                if name != ".git" && name != "target" {
+                    walk(root, &path, out);
+                }
+            } else if name != ".git"
+                && let Ok(text) = fs::read_to_string(root.join(&path))
+            {
+                out.push((path.to_str().unwrap().to_owned(), text));
+            }
+        }
+    }
+    let mut out = Vec::new();
+    walk(Path::new(env!("CARGO_MANIFEST_DIR")), Path::new(""), &mut out);
+    assert!(out.iter().any(|(path, _)| path == "src/lib.rs"), "the tree is not where it was built");
+    out
+}
+
+fn file(name: &str) -> String {
+    fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(name)).unwrap()
+}
+
+/// The crate's own sources.
+fn sources() -> Vec<Source> {
+    let rust = tree().into_iter().filter(|(path, _)| path.starts_with("src/") && path.ends_with(".rs"));
+    rust.map(|(path, text)| Source::new(&path, &text)).collect()
+}
+
+/// The names of all dependencies as Rust spells them.
+fn dependencies(manifest: &str) -> BTreeSet<String> {
+    let mut inside = false;
+    let mut names = BTreeSet::new();
+    for line in manifest.lines() {
+        if line.starts_with('[') {
+            inside = line.ends_with("dependencies]");
+        } else if inside
+            && let Some((name, _)) = line.split_once(" = ")
+            && !line.starts_with('#')
+        {
+            names.insert(name.trim().replace('-', "_"));
+        }
+    }
+    names
+}
+
+#[track_caller]
+fn none(faults: Vec<String>) {
+    assert!(faults.is_empty(), "\n{}\n", faults.join("\n"));
+}
+
+#[test]
+fn arrows_between_rooms_point_down() {
+    none(sources().iter().filter(|s| !s.is_test()).flat_map(arrows).collect());
+
+    let wrong = |path: &str, text: &str| arrows(&Source::new(path, text));
+    assert_eq!(wrong("src/policy.rs", "use crate::source::Payload;").len(), 1);
+    assert_eq!(wrong("src/policy/rules.rs", "fn f() { crate::config::x() }").len(), 1);
+    assert_eq!(wrong("src/source.rs", "use crate::{policy::Grant, publish::{self, Story}};").len(), 2);
+    assert_eq!(wrong("src/source.rs", "use super::publish::Story;").len(), 1);
+    assert_eq!(wrong("src/source/vault.rs", "use super::super::publish;").len(), 1);
+    assert_eq!(wrong("src/broker/volume.rs", "use crate::broker::client::Broker;").len(), 1);
+    assert_eq!(wrong("src/broker/volume.rs", "use super::{client, wire};").len(), 1);
+    assert_eq!(wrong("src/broker/client.rs", "use super::mounts::Mount;").len(), 1);
+    assert_eq!(wrong("src/broker/serve.rs", "use crate::{config::Config, request::VolumeId};").len(), 1);
+    assert_eq!(wrong("src/publish.rs", "use crate::broker::{client::Broker, volume};").len(), 1);
+    assert_eq!(wrong("src/newroom.rs", "").len(), 1);
+    none(wrong(
+        "src/publish.rs",
+        "// use crate::csi;\nuse crate::broker::{client::Broker, wire};\nlet s = \"crate::csi::x\";",
+    ));
+    none(wrong("src/policy.rs", "#[cfg(test)]\nmod tests { use crate::publish::Story; }"));
+}
+
+#[test]
+fn each_crate_stays_in_its_room() {
+    let names = dependencies(&file("Cargo.toml"));
+    none(sources().iter().filter(|s| !s.is_test()).flat_map(|s| crates(s, &names)).collect());
+
+    let wrong = |path: &str, text: &str| crates(&Source::new(path, text), &names);
+    assert_eq!(wrong("src/publish.rs", "use tonic::Status;").len(), 1);
+    assert_eq!(wrong("src/publish.rs", "use ::tonic::Status;").len(), 1);
+    assert_eq!(wrong("src/publish.rs", "fn f() -> nix::Result<()> { libc::fork() }").len(), 2);
+    assert_eq!(wrong("src/node.rs", "use {kube::Client, std::fs};").len(), 1);
+    assert_eq!(wrong("src/source.rs", "use reqwest as client;").len(), 1);
+    assert_eq!(wrong("src/broker/serve.rs", "use tokio::net::UnixStream;").len(), 1);
+    assert_eq!(wrong("src/policy/rules.rs", "use serde_json::Value;").len(), 1);
+    none(wrong("src/broker/client.rs", "use tokio::io::unix::AsyncFd;\nuse nix::sys::socket::recvmsg;"));
+    none(wrong("src/publish.rs", "fn f(x: Other) { x.tonic::<u8>(); other::tonic::f() }"));
+}
+
+#[test]
+fn policy_is_pure_and_sync() {
+    none(sources().iter().flat_map(purity).collect());
+    assert_eq!(purity(&Source::new("src/policy.rs", "pub async fn judge() {}")).len(), 1);
+    assert_eq!(purity(&Source::new("src/policy/rules.rs", "let now = std::time::SystemTime::now();")).len(), 1);
+    none(purity(&Source::new("src/policy.rs", "// async\nfn f(awaited: bool) {}")));
+}
+
+#[test]
+fn unsafe_stays_where_the_design_allows_it() {
+    none(sources().iter().flat_map(unsafety).collect());
+    assert_eq!(unsafety(&Source::new("src/csi.rs", "// SAFETY: none\nunsafe { f() }")).len(), 1);
+    assert_eq!(unsafety(&Source::new("src/harden.rs", "unsafe { f() }")).len(), 1);
+    let two = "// SAFETY: a\nunsafe { f() }\n// SAFETY: b\nunsafe { f() }";
+    assert_eq!(unsafety(&Source::new("src/broker/volume.rs", two)).len(), 1);
+    none(unsafety(&Source::new(
+        "src/harden.rs",
+        "#![allow(unsafe_code)]\n// SAFETY: the kernel copies\nunsafe { f() }",
+    )));
+}
+
+#[test]
+fn what_holds_a_secret_cannot_be_printed() {
+    none(printable_secrets(&sources()));
+    for proto in ["csi", "pluginregistration"] {
+        none(printable_messages(&file(&format!("proto/{proto}.proto")), &file("proto/build.rs")));
+    }
+
+    let wrong = |text: &str| printable_secrets(&[Source::new("src/x.rs", text)]);
+    assert_eq!(wrong("#[derive(Clone, Debug)]\nstruct Login { token: SecretText }").len(), 1);
+    assert_eq!(wrong("struct Login(SecretText);\n#[derive(Debug)]\nenum Kept { One(Login), None }").len(), 1);
+    assert_eq!(wrong("#[derive(serde::Serialize)]\nstruct Login { token: SecretText }").len(), 1);
+    none(wrong("struct Login(SecretText);\n#[derive(Debug)]\nstruct Name(String);"));
+    let proto = "package a.v1;\nmessage M {\n  map<string, string> secrets = 4;\n}";
+    assert_eq!(printable_messages(proto, "[\".a.v1.Other\"]").len(), 1);
+    none(printable_messages(proto, "[\".a.v1.M\"]"));
+}
+
+#[test]
+fn each_dependency_says_what_it_is_for() {
+    none(dependency_comments(&file("Cargo.toml")));
+    assert_eq!(dependency_comments("[dependencies]\nserde = \"1\"").len(), 1);
+    assert_eq!(dependency_comments("[dev-dependencies]\n# one\na = \"1\"\nb = \"1\"").len(), 1);
+    assert_eq!(dependency_comments("[dependencies]\n# --- a heading\na = \"1\"").len(), 1);
+    none(dependency_comments("[package]\nname = \"x\"\n[dependencies]\n# derives\nserde = \"1\""));
+}
+
+#[test]
+fn the_privileged_half_stays_small() {
+    let lines = broker_lines(&sources());
+    assert!(lines <= BROKER_LINES, "{lines} lines run as root; at most {BROKER_LINES}");
+
+    let count = |path: &str, text: &str| broker_lines(&[Source::new(path, text)]);
+    let text = "//! doc\n\nfn f() {\n    g() // why\n}\n/* a\nb */\n#[cfg(test)]\nmod tests {\n    fn t() {}\n}\n";
+    assert_eq!(count("src/broker/serve.rs", text), 3);
+    assert_eq!(count("src/broker/client.rs", text), 0);
+    assert_eq!(count("src/publish.rs", text), 0);
+}
+
+#[test]
+fn imports_stand_in_three_blocks() {
+    let names = dependencies(&file("Cargo.toml"));
+    none(sources().iter().flat_map(|s| import_blocks(s, &names)).collect());
+    let wrong = |text: &str| import_blocks(&Source::new("src/x.rs", text), &names);
+    assert_eq!(wrong("use serde::Serialize;\n\nuse std::fs;\n").len(), 1);
+    assert_eq!(wrong("use std::fs;\nuse serde::Serialize;\n").len(), 1);
+    assert_eq!(wrong("//! doc\n\nuse std::fs;\n\nuse serde::Serialize;\nuse crate::request;\n").len(), 1);
+    none(wrong("mod a;\n\nuse std::fs;\n\nuse serde::{\n    Serialize,\n};\n\nuse crate::request;\npub use a::B;\n"));
+}
+
+#[test]
+fn files_are_named_after_what_they_do() {
+    none(tree().iter().flat_map(|(path, _)| file_names(path)).collect());
+    assert_eq!(file_names("src/vault/utils.rs").len(), 1);
+    assert_eq!(file_names("e2e/helper.rs").len(), 1);
+    assert_eq!(file_names("src/csi/mod.rs").len(), 1);
+    none(file_names("src/csi/parse.rs"));
+}
+
+#[test]
+fn the_tree_holds_no_path_of_a_machine_and_no_note() {
+    none(
+        tree().iter().filter(|(path, _)| path != "Cargo.lock").flat_map(|(path, text)| leftovers(path, text)).collect(),
+    );
+    assert_eq!(leftovers("a", concat!("cd /wo", "rk/x")).len(), 1);
+    assert_eq!(leftovers("a", concat!("let p = \"/ro", "ot/.cache\";")).len(), 1);
+    assert_eq!(leftovers("a", concat!("// TO", "DO later")).len(), 1);
+    none(leftovers("a", "/proc/7/root/s/password; /proc/{pid}/root/s"));
+}
