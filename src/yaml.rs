@@ -124,12 +124,18 @@ fn hint_upto(source: &str, line: usize) -> String {
 }
 
 fn hint_in(line: &str) -> String {
-    if let Some((_, rest)) = line.split_once(": #") {
+    if let Some((before, rest)) = line.split_once(" #") {
+        if !before.trim_end().ends_with(':') {
+            return ": what stands behind \" #\" is a YAML comment; leave the blank out".into();
+        }
         let end = rest.find([' ', ',', '}']).unwrap_or(rest.len());
         let key = shown(rest.get(..end).unwrap_or_default());
+        if key.is_empty() {
+            return String::new();
+        }
         return format!(": #{key} is a YAML comment here; write \"#{key}\" in quotes");
     }
-    if line.split_once(": {{").is_some() {
+    if line.contains(": {{") {
         return ": {{ opens a YAML map here; write the whole template in quotes".into();
     }
     String::new()
@@ -341,6 +347,8 @@ mod tests {
         assert_eq!(hint("c: {{ k }}", 1), ": {{ opens a YAML map here; write the whole template in quotes");
         assert_eq!(hint("c: k", 1), "");
         assert_eq!(hint("c: k", 7), "");
+        assert_eq!(hint("c: # a remark", 1), "");
+        assert_eq!(hint("c: p/x #k", 1), ": what stands behind \" #\" is a YAML comment; leave the blank out");
     }
 
     #[test]
