@@ -3,10 +3,14 @@
 #![allow(clippy::expect_used, clippy::panic, clippy::indexing_slicing)] // a lab that cannot start fails its test
 #![allow(clippy::disallowed_methods)] // those guard the driver; the lab keeps a cache and writes no secret
 
+pub mod canary;
 pub mod certificates;
+pub mod envoy;
 pub mod issuer;
 pub mod kubelet;
+pub mod node;
 pub mod openbao;
+pub mod pod;
 pub mod programs;
 pub mod replies;
 

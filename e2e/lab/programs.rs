@@ -127,6 +127,11 @@ impl Daemon {
         Self { watch, life }
     }
 
+    /// The process id of the watching shell; the program is its child.
+    pub fn id(&self) -> u32 {
+        self.watch.id()
+    }
+
     /// Kills the program and waits until it is gone.
     pub fn stop(&mut self) {
         if let Some(mut life) = self.life.take() {
