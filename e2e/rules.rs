@@ -69,7 +69,7 @@ const ONLY: &[(&str, &[&str])] = &[
     // No runtime, no TLS, no HTTP, no YAML, no JSON beside root.
     ("broker", &["libc", "nix", "postcard", "rustix", "serde", "thiserror", "tracing"]),
     ("policy", &["jiff", "serde", "thiserror"]),
-    ("request", &["jiff", "secrecy", "serde", "serde_saphyr", "sha2", "strsim", "thiserror"]),
+    ("request", &["granit_parser", "jiff", "secrecy", "serde", "sha2", "strsim", "thiserror"]),
     ("secret", &["getrandom", "hmac", "secrecy", "sha2", "zeroize"]),
 ];
 
