@@ -40,18 +40,20 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("schedule", &["config", "metrics", "publish"]),
     ("health", &["metrics", "publish"]),
     ("publish", &["broker::client", "broker::wire", "config", "events", "metrics", "pods", "policy", "source"]),
-    ("pods", &["broker::client", "broker::wire", "metrics", "policy"]),
+    ("pods", &["broker::client", "broker::wire", "metrics", "policy", "yaml"]),
     ("source", &["config", "metrics", "policy"]),
     ("events", &["metrics"]),
-    ("config", &["policy"]),
+    ("config", &["policy", "yaml"]),
     ("policy", &[]),
     ("metrics", &[]),
     ("log", &[]),
     ("harden", &[]),
     // The privileged half: nothing of the worker.
     ("broker", &["harden"]),
-    ("request", &[]),
+    // The `files` attribute is YAML.
+    ("request", &["yaml"]),
     ("secret", &[]),
+    ("yaml", &[]),
 ];
 const LEAVES: [&str; 2] = ["request", "secret"];
 
@@ -69,8 +71,9 @@ const ONLY: &[(&str, &[&str])] = &[
     // No runtime, no TLS, no HTTP, no YAML, no JSON beside root.
     ("broker", &["libc", "nix", "postcard", "rustix", "serde", "thiserror", "tracing"]),
     ("policy", &["jiff", "serde", "thiserror"]),
-    ("request", &["granit_parser", "jiff", "secrecy", "serde", "sha2", "strsim", "thiserror"]),
+    ("request", &["jiff", "serde", "sha2", "thiserror"]),
     ("secret", &["getrandom", "hmac", "secrecy", "sha2", "zeroize"]),
+    ("yaml", &["granit_parser", "strsim"]),
 ];
 
 /// What a pure room must not name: policy answers from what it is given, so that `check` and the node agree.
@@ -215,52 +218,81 @@ fn closing(code: &str, open: usize) -> usize {
     code.len()
 }
 
-/// Every path that starts in this code, with `use` trees spelled out: `crate::a::{b, c::d}` gives two.
+/// Names, `::`, and single characters.
+fn tokens(code: &str) -> Vec<&str> {
+    let mut out = Vec::new();
+    let mut rest = code.trim_start();
+    while !rest.is_empty() {
+        let word = rest.find(|c| !is_word(c)).unwrap_or(rest.len());
+        let first = rest.chars().next().map_or(0, char::len_utf8);
+        let len = if word > 0 {
+            word
+        } else if rest.starts_with("::") {
+            2
+        } else {
+            first
+        };
+        out.push(&rest[..len]);
+        rest = rest[len..].trim_start();
+    }
+    out
+}
+
+fn is_word(c: char) -> bool {
+    c.is_alphanumeric() || c == '_'
+}
+
+/// Every path in this code, with `use` trees spelled out: `use crate::{a, b::{c, d}}` gives three.
 fn paths(code: &str) -> BTreeSet<String> {
-    let word = |c: char| c.is_alphanumeric() || c == '_';
+    let tokens = tokens(code);
+    let at = |i: usize| tokens.get(i).copied().unwrap_or("");
     let mut found = BTreeSet::new();
-    let flat: String = code.split_whitespace().collect::<Vec<_>>().join(" ").replace(" ::", "::").replace(":: ", "::");
-    let mut previous = "";
-    for (start, token) in flat.match_indices(word).filter_map(|(i, _)| {
-        let begins = flat[..i].chars().next_back().is_none_or(|c| !word(c));
-        begins.then(|| (i, &flat[i..i + flat[i..].find(|c| !word(c)).unwrap_or(flat.len() - i)]))
-    }) {
-        let inside = flat[..start].ends_with("::") || flat[..start].ends_with('.');
-        let path = flat[start + token.len()..].starts_with("::");
-        let global = flat[..start].ends_with("::") && !flat[..start - 2].ends_with(|c| word(c) || c == '>');
-        if (path || previous == "use") && (!inside || global) {
-            expand("", &flat[start..], &mut found);
-        } else if previous == "use" && token == "crate" {
-            expand("", &flat[start..], &mut found);
+    let mut i = 0;
+    while i < tokens.len() {
+        let goes_on = i > 0 && (at(i - 1) == "." || at(i - 1) == "::" && i > 1 && at(i - 2).ends_with(is_word));
+        if at(i) == "use" {
+            i = use_tree(&tokens, i + 1, "", &mut found);
+        } else if at(i).starts_with(is_word) && at(i + 1) == "::" && !goes_on {
+            let mut path = at(i).to_owned();
+            while at(i + 1) == "::" && at(i + 2).starts_with(is_word) {
+                path = format!("{path}::{}", at(i + 2));
+                i += 2;
+            }
+            found.insert(path);
+            i += 1;
+        } else {
+            i += 1;
         }
-        if flat[..start].ends_with("use {") {
-            expand("", &flat[start - 1..], &mut found);
-        }
-        previous = token;
     }
     found
 }
 
-/// Spells out one `use` tree; stops at what is no path any more. Gives how much it read.
-fn expand(prefix: &str, tree: &str, found: &mut BTreeSet<String>) -> usize {
-    let end = tree.find(|c: char| !(c.is_alphanumeric() || c == '_' || c == ':')).unwrap_or(tree.len());
-    let path = format!("{prefix}{}", &tree[..end]);
-    if !(tree[end..].starts_with('{') && (path.is_empty() || path.ends_with("::"))) {
-        found.insert(path.trim_end_matches(':').to_owned());
-        return end;
-    }
-    let mut i = end + 1;
-    while i < tree.len() && !tree[i..].starts_with('}') {
-        let rest = tree[i..].trim_start_matches([' ', ',']);
-        i = tree.len() - rest.len();
-        if rest.starts_with('}') {
-            break;
+/// Spells out the `use` tree at token `i`; gives the token behind it.
+fn use_tree(tokens: &[&str], mut i: usize, prefix: &str, found: &mut BTreeSet<String>) -> usize {
+    let mut path = prefix.to_owned();
+    loop {
+        match tokens.get(i).copied().unwrap_or(";") {
+            "::" => {}
+            "{" => {
+                while !["}", ";"].contains(tokens.get(i).unwrap_or(&";")) {
+                    i = use_tree(tokens, i + 1, &path, found);
+                }
+                return i + 1;
+            }
+            "as" => i += 1,
+            name if name.starts_with(is_word) || name == "*" => {
+                let colons = if path.is_empty() { "" } else { "::" };
+                path = format!("{path}{colons}{name}");
+            }
+            _ => {
+                if path != prefix {
+                    found.insert(path);
+                }
+                return i;
+            }
         }
-        i += expand(&path, rest, found);
-        // `as name`, `*`
-        i += tree[i..].find([',', '}']).unwrap_or(tree.len() - i);
+        i += 1;
     }
-    i + 1
 }
 
 // === the rules ===
@@ -321,12 +353,11 @@ fn crates(source: &Source, dependencies: &BTreeSet<String>) -> Vec<String> {
 }
 
 fn purity(source: &Source) -> Vec<String> {
-    let word = |c: char| c.is_alphanumeric() || c == '_';
     let is_named = |name: &str| {
         source
             .code
             .match_indices(name)
-            .any(|(i, _)| !source.code[..i].ends_with(word) && !source.code[i + name.len()..].starts_with(word))
+            .any(|(i, _)| !source.code[..i].ends_with(is_word) && !source.code[i + name.len()..].starts_with(is_word))
     };
     let named = IMPURE.iter().filter(|name| source.room() == "policy" && is_named(name));
     named.map(|name| format!("{}: policy is pure: `{name}`", source.path)).collect()
@@ -335,9 +366,8 @@ fn purity(source: &Source) -> Vec<String> {
 fn unsafety(source: &Source) -> Vec<String> {
     let mut faults = Vec::new();
     let lines: Vec<&str> = source.text.lines().collect();
-    let word = |c: char| c.is_alphanumeric() || c == '_';
     let uses: Vec<usize> = (source.code.lines().enumerate())
-        .filter(|(_, line)| line.split(|c| !word(c)).any(|w| w == "unsafe"))
+        .filter(|(_, line)| line.split(|c| !is_word(c)).any(|w| w == "unsafe"))
         .map(|(i, _)| i)
         .collect();
     if !uses.is_empty() && !source.in_one_of(&UNSAFE) {
@@ -356,16 +386,15 @@ fn unsafety(source: &Source) -> Vec<String> {
 
 /// Types that hold a secret, also through another type, must not derive a way to print or to store it.
 fn printable_secrets(sources: &[Source]) -> Vec<String> {
-    let word = |c: char| c.is_alphanumeric() || c == '_';
     let mut types: BTreeMap<String, (String, String, &str)> = BTreeMap::new();
     for source in sources {
         for keyword in ["struct ", "enum "] {
             for (i, _) in source.code.match_indices(keyword) {
-                if source.code[..i].ends_with(word) {
+                if source.code[..i].ends_with(is_word) {
                     continue;
                 }
                 let rest = &source.code[i + keyword.len()..];
-                let name: String = rest.chars().take_while(|c| word(*c)).collect();
+                let name: String = rest.chars().take_while(|c| is_word(*c)).collect();
                 let body = match rest.find(['{', ';']) {
                     Some(p) if rest[p..].starts_with('{') => &rest[..closing(rest, p)],
                     Some(p) => &rest[..p],
@@ -382,7 +411,7 @@ fn printable_secrets(sources: &[Source]) -> Vec<String> {
     loop {
         let more: Vec<String> = (types.iter())
             .filter(|(name, (body, ..))| {
-                !secret.contains(*name) && body.split(|c| !word(c)).skip(1).any(|w| secret.contains(w))
+                !secret.contains(*name) && body.split(|c| !is_word(c)).skip(1).any(|w| secret.contains(w))
             })
             .map(|(name, _)| name.clone())
             .collect();
@@ -395,7 +424,7 @@ fn printable_secrets(sources: &[Source]) -> Vec<String> {
     for (name, (_, attributes, path)) in types.iter().filter(|(name, _)| secret.contains(*name)) {
         for derive in attributes.split("derive(").skip(1) {
             let list = &derive[..derive.find(')').unwrap_or(derive.len())];
-            let wrong = list.split(|c| !word(c)).find(|w| ["Debug", "Serialize", "Display"].contains(w));
+            let wrong = list.split(|c| !is_word(c)).find(|w| ["Debug", "Serialize", "Display"].contains(w));
             faults.extend(wrong.map(|w| format!("{path}: {name} holds a secret and derives {w}")));
         }
     }
