@@ -16,3 +16,4 @@ pub mod request;
 pub mod schedule;
 pub mod secret;
 pub mod source;
+pub mod yaml;
