@@ -1,0 +1,352 @@
+//! Pod facts from the API server: a watch of this node's pods, and a GET of one that the watch has not brought.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::Path;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures_util::TryStreamExt;
+use k8s_openapi::api::core::v1::{
+    Container as ApiContainer, ContainerStatus, EphemeralContainer, Pod, PodSpec, Volume as ApiVolume, VolumeMount,
+};
+pub use kube::Client;
+use kube::Config;
+use kube::api::{ListParams, WatchEvent, WatchParams};
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use tokio::time::timeout;
+use tracing::{debug, info, warn};
+
+use super::{
+    Backoff, Cache, Described, PodsError, State, Task, container_id, described, init_kind, sorted, uid, written,
+};
+use crate::policy::facts::{Container, Csi, Kind, Mount, PodFacts, Volume};
+use crate::request::{PodRef, attributes_digest};
+
+/// Why there is no client for the API server.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// The file of `--kubeconfig` cannot be used.
+    #[error("--kubeconfig: {0}")]
+    Kubeconfig(#[from] kube::config::KubeconfigError),
+    /// The settings give no client.
+    #[error("a client for the API server: {0}")]
+    Build(#[source] kube::Error),
+}
+
+/// A client for the API server: of the kubeconfig file if one is named, else of the in-cluster ServiceAccount;
+/// `None` outside a cluster.
+pub async fn client(kubeconfig: Option<&Path>) -> Result<Option<Client>, ClientError> {
+    let config = match kubeconfig {
+        Some(path) => {
+            let file = Kubeconfig::read_from(path)?;
+            Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await?
+        }
+        None => match Config::incluster() {
+            Ok(config) => config,
+            Err(error) => {
+                info!(%error, "no in-cluster ServiceAccount");
+                return Ok(None);
+            }
+        },
+    };
+    client_of(config).map(Some)
+}
+
+/// A client for the API server of `config`, without its proxy.
+pub fn client_of(mut config: Config) -> Result<Client, ClientError> {
+    // The library takes it from HTTPS_PROXY: no environment variable may move the driver's traffic.
+    config.proxy_url = None;
+    config.connect_timeout = Some(CONNECT_TIME);
+    Client::try_from(config).map_err(ClientError::Build)
+}
+
+const CONNECT_TIME: Duration = Duration::from_secs(5);
+/// The longest a GET or a list may take, in whole.
+const CALL_TIME: Duration = Duration::from_secs(10);
+/// The server ends a watch after this many seconds.
+const WATCH_SECONDS: u32 = 290;
+/// A watch without a word is dead: bookmarks come about once a minute.
+const SILENCE: Duration = Duration::from_secs(150);
+/// The pods of one page of a list: a node has some 110.
+const PAGE: u32 = 50;
+
+/// The pods of one node.
+pub struct Api {
+    client: Client,
+    cache: Arc<Cache>,
+    _watch: Task,
+}
+
+impl fmt::Debug for Api {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Api").field("cache", &self.cache).finish_non_exhaustive()
+    }
+}
+
+impl Api {
+    pub(super) fn start(client: Client, node: &str) -> Self {
+        let cache = Cache::new();
+        let selector = format!("spec.nodeName={node}");
+        let watch = Task(tokio::spawn(watch(client.clone(), selector, Arc::clone(&cache))));
+        Self { client, cache, _watch: watch }
+    }
+
+    pub(super) async fn find(&self, pod: &PodRef) -> Result<Arc<PodFacts>, PodsError> {
+        if let Some(found) = self.cache.find(pod).await
+            && found.uid == pod.uid.as_str()
+        {
+            return found.facts(pod);
+        }
+        let pods: kube::Api<Pod> = kube::Api::namespaced(self.client.clone(), &pod.namespace);
+        match timeout(CALL_TIME, pods.get_opt(&pod.name)).await {
+            Ok(Ok(Some(found))) => describe(&found).facts(pod),
+            Ok(Ok(None)) => Err(PodsError::Unknown(pod.clone())),
+            Ok(Err(error)) => Err(PodsError::Away(said(&error))),
+            Err(_) => Err(PodsError::Away(format!("the API server did not answer in {CALL_TIME:?}"))),
+        }
+    }
+}
+
+/// Why a watch has to begin anew.
+#[derive(Debug, thiserror::Error)]
+enum Broken {
+    #[error("{}", said(.0))]
+    Client(#[from] kube::Error),
+    #[error("the API server's history does not reach back far enough")]
+    Gone,
+    #[error("the API server did not answer in {0:?}")]
+    Silent(Duration),
+}
+
+async fn watch(client: Client, selector: String, cache: Arc<Cache>) {
+    let pods: kube::Api<Pod> = kube::Api::all(client);
+    let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(30));
+    let mut told = false;
+    loop {
+        let listed = list(&pods, &selector).await;
+        let broken = match listed {
+            Ok((known, version)) => {
+                if told {
+                    info!("the API server's pods are watched again");
+                    told = false;
+                }
+                backoff.reset();
+                cache.replace(known);
+                follow(&pods, &selector, version, &cache).await
+            }
+            Err(broken) => broken,
+        };
+        cache.set(State::Lost);
+        // Said once an outage, not once an attempt.
+        if !told && !matches!(broken, Broken::Gone) {
+            warn!(%broken, "the watch of this node's pods broke; trying again");
+            told = true;
+        } else {
+            debug!(%broken, "the watch of this node's pods begins anew");
+        }
+        backoff.pause().await;
+    }
+}
+
+async fn list(pods: &kube::Api<Pod>, selector: &str) -> Result<(Vec<Described>, String), Broken> {
+    let mut params = ListParams::default().fields(selector).limit(PAGE);
+    let mut known = Vec::new();
+    loop {
+        let page = timeout(CALL_TIME, pods.list(&params)).await.map_err(|_| Broken::Silent(CALL_TIME))?;
+        let page = page.map_err(gone)?;
+        known.extend(page.items.iter().map(describe));
+        match page.metadata.continue_.filter(|token| !token.is_empty()) {
+            Some(token) => params = params.continue_token(&token),
+            None => return Ok((known, page.metadata.resource_version.unwrap_or_default())),
+        }
+    }
+}
+
+/// Follows the changes after `version` until the watch has to begin anew.
+async fn follow(pods: &kube::Api<Pod>, selector: &str, mut version: String, cache: &Cache) -> Broken {
+    let params = WatchParams::default().fields(selector).timeout(WATCH_SECONDS);
+    loop {
+        let begun = Instant::now();
+        let stream = match timeout(CALL_TIME, pods.watch(&params, &version)).await {
+            Ok(Ok(stream)) => stream,
+            Ok(Err(error)) => return gone(error),
+            Err(_) => return Broken::Silent(CALL_TIME),
+        };
+        cache.set(State::Live);
+        let mut stream = pin!(stream);
+        loop {
+            match timeout(SILENCE, stream.try_next()).await {
+                Ok(Ok(Some(WatchEvent::Added(pod) | WatchEvent::Modified(pod)))) => {
+                    version = pod.metadata.resource_version.clone().unwrap_or(version);
+                    cache.put(describe(&pod));
+                }
+                Ok(Ok(Some(WatchEvent::Deleted(pod)))) => {
+                    version = pod.metadata.resource_version.clone().unwrap_or(version);
+                    cache.remove(&describe(&pod));
+                }
+                Ok(Ok(Some(WatchEvent::Bookmark(mark)))) => version = mark.metadata.resource_version,
+                Ok(Ok(Some(WatchEvent::Error(status)))) => return gone(kube::Error::Api(status)),
+                Ok(Err(error)) => return gone(error),
+                // The server ended the watch in its time, or the connection broke: go on from where it was.
+                Ok(Ok(None)) => break,
+                Err(_) => return Broken::Silent(SILENCE),
+            }
+        }
+        // Until the next watch stands a change may be missed.
+        cache.set(State::Lost);
+        if begun.elapsed() < Duration::from_secs(1) {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+    }
+}
+
+fn gone(error: kube::Error) -> Broken {
+    match error {
+        // 410 Gone, "too old resource version" or an expired page.
+        kube::Error::Api(status) if status.code == 410 => Broken::Gone,
+        error => Broken::Client(error),
+    }
+}
+
+/// A client's error in one line. An answer that cannot be read is not repeated: it may hold anything.
+fn said(error: &kube::Error) -> String {
+    match error {
+        kube::Error::Api(status) => {
+            format!("the API server says {} {}: {}", status.code, status.reason, status.message)
+        }
+        kube::Error::SerdeError(_) => "the API server's answer cannot be read".to_owned(),
+        error => {
+            let mut text = error.to_string();
+            let mut source = std::error::Error::source(error);
+            while let Some(cause) = source {
+                let cause_text = cause.to_string();
+                if !text.contains(&cause_text) {
+                    text.push_str(": ");
+                    text.push_str(&cause_text);
+                }
+                source = cause.source();
+            }
+            text
+        }
+    }
+}
+
+/// Facts of a pod as the API server's JSON or a manifest describes it.
+pub(super) fn describe(pod: &Pod) -> Described {
+    let metadata = &pod.metadata;
+    let text = |text: &Option<String>| text.clone().unwrap_or_default();
+    let (namespace, name, uid) = (text(&metadata.namespace), text(&metadata.name), text(&metadata.uid));
+    described(&namespace, &name, &uid, |uid| {
+        let nothing = PodSpec::default();
+        let spec = pod.spec.as_ref().unwrap_or(&nothing);
+        Ok(PodFacts {
+            pod: PodRef {
+                namespace: namespace.clone(),
+                name: name.clone(),
+                uid,
+                service_account: text(&spec.service_account_name),
+            },
+            node: text(&spec.node_name),
+            labels: sorted(metadata.labels.clone().unwrap_or_default()),
+            annotations: sorted(metadata.annotations.clone().unwrap_or_default()),
+            host_pid: spec.host_pid.unwrap_or(false),
+            share_process_namespace: spec.share_process_namespace.unwrap_or(false),
+            run_as_user: super::uid(
+                spec.security_context.as_ref().and_then(|context| context.run_as_user),
+                "spec.securityContext.runAsUser",
+            )?,
+            runtime_class: written(spec.runtime_class_name.as_deref()),
+            containers: containers(pod, spec)?,
+            volumes: spec.volumes.iter().flatten().map(volume).collect(),
+        })
+    })
+}
+
+fn containers(pod: &Pod, spec: &PodSpec) -> Result<Vec<Container>, String> {
+    let mut running: BTreeMap<&str, &ContainerStatus> = BTreeMap::new();
+    if let Some(status) = &pod.status {
+        for list in [&status.container_statuses, &status.init_container_statuses, &status.ephemeral_container_statuses]
+        {
+            running.extend(list.iter().flatten().map(|status| (status.name.as_str(), status)));
+        }
+    }
+    let mut all = Vec::new();
+    let mut add = |list: &str, index: usize, kind: Kind, container: Spec<'_>| -> Result<(), String> {
+        let status = running.get(container.name);
+        let user = status.and_then(|status| status.user.as_ref()).and_then(|user| user.linux.as_ref());
+        all.push(Container {
+            name: container.name.to_owned(),
+            kind,
+            index,
+            image: container.image.unwrap_or_default().to_owned(),
+            run_as_user: uid(container.run_as_user, &format!("spec.{list}[{index}].securityContext.runAsUser"))?,
+            mounts: container.mounts.iter().map(mount).collect(),
+            id: container_id(status.and_then(|status| status.container_id.as_deref())),
+            running_uid: uid(user.map(|user| user.uid), &format!("status of container {}: user", container.name))?,
+        });
+        Ok(())
+    };
+    for (index, container) in spec.containers.iter().enumerate() {
+        add("containers", index, Kind::Regular, container.into())?;
+    }
+    for (index, container) in spec.init_containers.iter().flatten().enumerate() {
+        add("initContainers", index, init_kind(container.restart_policy.as_deref()), container.into())?;
+    }
+    for (index, container) in spec.ephemeral_containers.iter().flatten().enumerate() {
+        add("ephemeralContainers", index, Kind::Ephemeral, container.into())?;
+    }
+    Ok(all)
+}
+
+/// What is read of a container: the three lists hold two types.
+struct Spec<'a> {
+    name: &'a str,
+    image: Option<&'a str>,
+    run_as_user: Option<i64>,
+    mounts: &'a [VolumeMount],
+}
+
+impl<'a> From<&'a ApiContainer> for Spec<'a> {
+    fn from(container: &'a ApiContainer) -> Self {
+        Self {
+            name: &container.name,
+            image: container.image.as_deref(),
+            run_as_user: container.security_context.as_ref().and_then(|context| context.run_as_user),
+            mounts: container.volume_mounts.as_deref().unwrap_or_default(),
+        }
+    }
+}
+
+impl<'a> From<&'a EphemeralContainer> for Spec<'a> {
+    fn from(container: &'a EphemeralContainer) -> Self {
+        Self {
+            name: &container.name,
+            image: container.image.as_deref(),
+            run_as_user: container.security_context.as_ref().and_then(|context| context.run_as_user),
+            mounts: container.volume_mounts.as_deref().unwrap_or_default(),
+        }
+    }
+}
+
+fn mount(mount: &VolumeMount) -> Mount {
+    Mount {
+        volume: mount.name.clone(),
+        path: mount.mount_path.clone(),
+        sub_path: written(mount.sub_path.as_deref()).or_else(|| written(mount.sub_path_expr.as_deref())),
+    }
+}
+
+fn volume(volume: &ApiVolume) -> Volume {
+    let csi = volume.csi.as_ref().map(|csi| Csi {
+        driver: csi.driver.clone(),
+        read_only: csi.read_only.unwrap_or(false),
+        fs_type: written(csi.fs_type.as_deref()),
+        secret: written(csi.node_publish_secret_ref.as_ref().map(|secret| secret.name.as_str())),
+        attributes: attributes_digest(
+            csi.volume_attributes.iter().flatten().map(|(key, value)| (key.as_str(), value.as_str())),
+        ),
+    });
+    Volume { name: volume.name.clone(), csi }
+}

@@ -1,0 +1,301 @@
+//! Pod facts from the kubelet's own pods API (KEP-4188, on by default from Kubernetes 1.37): no right in the API
+//! server is needed, static pods are in it, and it works while the API server is away.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper_util::rt::TokioIo;
+use prost::Message;
+use tokio::net::UnixStream;
+use tokio::time::timeout;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Status};
+use tower::service_fn;
+use tracing::{debug, info, warn};
+
+use super::{
+    Backoff, Cache, Described, PodsError, State, Task, container_id, described, init_kind, sorted, uid, written,
+};
+use crate::policy::facts::{Container, Csi, Kind, Mount, PodFacts, Volume};
+use crate::request::{PodRef, attributes_digest};
+use proto::pods_client::PodsClient;
+
+pub mod proto {
+    //! Messages and services generated from `proto/pods.proto`.
+    #![allow(missing_docs, clippy::all, clippy::pedantic, missing_debug_implementations, unreachable_pub)]
+    #![allow(unused_qualifications)]
+    tonic::include_proto!("v1alpha1");
+}
+
+/// Gives a connected socket to the kubelet's pods API: the socket is root's, so the broker opens it.
+#[derive(Clone)]
+pub struct Connect(Arc<dyn Fn() -> Connecting + Send + Sync>);
+
+type Connecting = Pin<Box<dyn Future<Output = io::Result<UnixStream>> + Send>>;
+
+impl Connect {
+    /// Calls `connect` for each connection.
+    pub fn new<F>(connect: impl Fn() -> F + Send + Sync + 'static) -> Self
+    where
+        F: Future<Output = io::Result<UnixStream>> + Send + 'static,
+    {
+        Self(Arc::new(move || Box::pin(connect())))
+    }
+
+    fn client(&self) -> PodsClient<Channel> {
+        let connect = Arc::clone(&self.0);
+        let connector = service_fn(move |_| {
+            let connecting = connect();
+            async move { connecting.await.map(TokioIo::new) }
+        });
+        // Only the authority is taken from this address.
+        PodsClient::new(Endpoint::from_static("http://localhost").connect_with_connector_lazy(connector))
+    }
+}
+
+impl fmt::Debug for Connect {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Connect")
+    }
+}
+
+/// The longest a GetPod, or the first answer of a watch, may take.
+const CALL_TIME: Duration = Duration::from_secs(5);
+
+/// Whether the kubelet answers on its pods API, and if not, why.
+pub(super) async fn probe(connect: &Connect) -> Result<(), String> {
+    let request = proto::GetPodRequest { pod_uid: String::new() };
+    match timeout(CALL_TIME, connect.client().get_pod(request)).await {
+        Ok(Ok(_)) => Ok(()),
+        Ok(Err(status)) => match status.code() {
+            // No pod has that UID; the kubelet is still starting; it has been asked too often.
+            Code::NotFound | Code::FailedPrecondition | Code::ResourceExhausted => Ok(()),
+            _ => Err(said(&status)),
+        },
+        Err(_) => Err(format!("no answer in {CALL_TIME:?}")),
+    }
+}
+
+/// The pods of the kubelet's node.
+#[derive(Debug)]
+pub struct Kubelet {
+    client: PodsClient<Channel>,
+    cache: Arc<Cache>,
+    _watch: Task,
+}
+
+impl Kubelet {
+    pub(super) fn start(connect: Connect) -> Self {
+        let client = connect.client();
+        let cache = Cache::new();
+        let watch = Task(tokio::spawn(watch(client.clone(), Arc::clone(&cache))));
+        Self { client, cache, _watch: watch }
+    }
+
+    pub(super) async fn find(&self, pod: &PodRef) -> Result<Arc<PodFacts>, PodsError> {
+        let cached = self.cache.find(pod).await;
+        if let Some(found) = &cached
+            && found.uid == pod.uid.as_str()
+        {
+            return found.clone().facts(pod);
+        }
+        let request = proto::GetPodRequest { pod_uid: pod.uid.to_string() };
+        match timeout(CALL_TIME, self.client.clone().get_pod(request)).await {
+            Ok(Ok(answer)) => match decode(&answer.into_inner().pod) {
+                Ok(found) => found.facts(pod),
+                Err(fault) => Err(PodsError::Unreadable { pod: pod.clone(), fault }),
+            },
+            // The kubelet looks pods up by UID: only the watch knows who has the name now.
+            Ok(Err(status)) if status.code() == Code::NotFound => match cached {
+                Some(namesake) => namesake.facts(pod),
+                None => Err(PodsError::Unknown(pod.clone())),
+            },
+            Ok(Err(status)) => Err(PodsError::Away(said(&status))),
+            Err(_) => Err(PodsError::Away(format!("the kubelet did not answer in {CALL_TIME:?}"))),
+        }
+    }
+}
+
+async fn watch(mut client: PodsClient<Channel>, cache: Arc<Cache>) {
+    let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
+    let mut told = false;
+    loop {
+        let ended = follow(&mut client, &cache, || {
+            backoff.reset();
+            if told {
+                info!("the kubelet's pods are watched again");
+                told = false;
+            }
+        });
+        let status = ended.await;
+        cache.set(State::Lost);
+        // A kubelet that starts, or one that found us slow, is no fault. Others are said once an outage.
+        let expected = matches!(status.code(), Code::FailedPrecondition | Code::ResourceExhausted);
+        if !told && !expected {
+            warn!(why = said(&status), "the watch of the kubelet's pods broke; trying again");
+            told = true;
+        } else {
+            debug!(why = said(&status), "the watch of the kubelet's pods begins anew");
+        }
+        backoff.pause().await;
+    }
+}
+
+/// Follows one stream to its end; `synced` is called when the first list is complete.
+async fn follow(client: &mut PodsClient<Channel>, cache: &Cache, synced: impl FnOnce()) -> Status {
+    let mut stream = match timeout(CALL_TIME, client.watch_pods(proto::WatchPodsRequest {})).await {
+        Ok(Ok(answer)) => answer.into_inner(),
+        Ok(Err(status)) => return status,
+        Err(_) => return Status::deadline_exceeded("no answer"),
+    };
+    // Until the first list is complete the pods are gathered apart: the cache must not lack one it had.
+    let mut first = Some(Vec::new());
+    let mut synced = Some(synced);
+    loop {
+        let event = match stream.message().await {
+            Ok(Some(event)) => event,
+            Ok(None) => return Status::unavailable("the stream ended"),
+            Err(status) => return status,
+        };
+        let kind = event.r#type();
+        if kind == proto::EventType::InitialSyncComplete {
+            if let (Some(pods), Some(synced)) = (first.take(), synced.take()) {
+                cache.replace(pods);
+                synced();
+            }
+            continue;
+        }
+        let pod = match decode(&event.pod) {
+            Ok(pod) => pod,
+            Err(fault) => {
+                // GetPod says the same to whoever asks for this pod.
+                warn!(fault, "the kubelet described a pod that cannot be read");
+                continue;
+            }
+        };
+        match (kind, &mut first) {
+            (proto::EventType::Added | proto::EventType::Modified, Some(first)) => {
+                first.push(pod);
+            }
+            (proto::EventType::Added | proto::EventType::Modified, None) => cache.put(pod),
+            (proto::EventType::Deleted, Some(first)) => first.retain(|known: &Described| known.uid != pod.uid),
+            (proto::EventType::Deleted, None) => cache.remove(&pod),
+            _ => debug!("the kubelet sent an event of an unknown kind"),
+        }
+    }
+}
+
+fn said(status: &Status) -> String {
+    // The kubelet's words, or the connection's error.
+    let mut text = format!("the kubelet's pods API: {}: {}", status.code(), status.message());
+    let mut source = std::error::Error::source(status);
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    text
+}
+
+pub(super) fn decode(bytes: &[u8]) -> Result<Described, String> {
+    let pod =
+        proto::Pod::decode(bytes).map_err(|error| format!("the kubelet's description cannot be read: {error}"))?;
+    Ok(describe(&pod))
+}
+
+/// Facts of a pod as the kubelet describes it.
+fn describe(pod: &proto::Pod) -> Described {
+    let nothing = proto::ObjectMeta::default();
+    let metadata = pod.metadata.as_ref().unwrap_or(&nothing);
+    described(&metadata.namespace, &metadata.name, &metadata.uid, |uid| {
+        let nothing = proto::PodSpec::default();
+        let spec = pod.spec.as_ref().unwrap_or(&nothing);
+        Ok(PodFacts {
+            pod: PodRef {
+                namespace: metadata.namespace.clone(),
+                name: metadata.name.clone(),
+                uid,
+                service_account: spec.service_account_name.clone(),
+            },
+            node: spec.node_name.clone(),
+            labels: sorted(metadata.labels.clone()),
+            annotations: sorted(metadata.annotations.clone()),
+            host_pid: spec.host_pid,
+            share_process_namespace: spec.share_process_namespace.unwrap_or(false),
+            run_as_user: super::uid(
+                spec.security_context.as_ref().and_then(|context| context.run_as_user),
+                "spec.securityContext.runAsUser",
+            )?,
+            runtime_class: written(spec.runtime_class_name.as_deref()),
+            containers: containers(pod, spec)?,
+            volumes: spec.volumes.iter().map(volume).collect(),
+        })
+    })
+}
+
+fn containers(pod: &proto::Pod, spec: &proto::PodSpec) -> Result<Vec<Container>, String> {
+    let mut running: BTreeMap<&str, &proto::ContainerStatus> = BTreeMap::new();
+    if let Some(status) = &pod.status {
+        for list in [&status.container_statuses, &status.init_container_statuses, &status.ephemeral_container_statuses]
+        {
+            running.extend(list.iter().map(|status| (status.name.as_str(), status)));
+        }
+    }
+    let mut all = Vec::new();
+    let mut add = |list: &str, index: usize, kind: Kind, container: &proto::Container| -> Result<(), String> {
+        let status = running.get(container.name.as_str());
+        let user = status.and_then(|status| status.user.as_ref()).and_then(|user| user.linux.as_ref());
+        all.push(Container {
+            name: container.name.clone(),
+            kind,
+            index,
+            image: container.image.clone(),
+            run_as_user: uid(
+                container.security_context.as_ref().and_then(|context| context.run_as_user),
+                &format!("spec.{list}[{index}].securityContext.runAsUser"),
+            )?,
+            mounts: container.volume_mounts.iter().map(mount).collect(),
+            id: container_id(status.map(|status| status.container_id.as_str())),
+            running_uid: uid(user.map(|user| user.uid), &format!("status of container {}: user", container.name))?,
+        });
+        Ok(())
+    };
+    for (index, container) in spec.containers.iter().enumerate() {
+        add("containers", index, Kind::Regular, container)?;
+    }
+    for (index, container) in spec.init_containers.iter().enumerate() {
+        add("initContainers", index, init_kind(container.restart_policy.as_deref()), container)?;
+    }
+    for (index, container) in spec.ephemeral_containers.iter().enumerate() {
+        let nothing = proto::Container::default();
+        add("ephemeralContainers", index, Kind::Ephemeral, container.common.as_ref().unwrap_or(&nothing))?;
+    }
+    Ok(all)
+}
+
+fn mount(mount: &proto::VolumeMount) -> Mount {
+    Mount {
+        volume: mount.name.clone(),
+        path: mount.mount_path.clone(),
+        sub_path: written(Some(&mount.sub_path)).or_else(|| written(Some(&mount.sub_path_expr))),
+    }
+}
+
+fn volume(volume: &proto::Volume) -> Volume {
+    let csi = volume.source.as_ref().and_then(|source| source.csi.as_ref()).map(|csi| Csi {
+        driver: csi.driver.clone(),
+        read_only: csi.read_only.unwrap_or(false),
+        fs_type: written(csi.fs_type.as_deref()),
+        secret: written(csi.node_publish_secret_ref.as_ref().map(|secret| secret.name.as_str())),
+        attributes: attributes_digest(csi.volume_attributes.iter().map(|(key, value)| (key.as_str(), value.as_str()))),
+    });
+    Volume { name: volume.name.clone(), csi }
+}
