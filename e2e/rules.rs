@@ -40,20 +40,18 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("schedule", &["config", "metrics", "publish"]),
     ("health", &["metrics", "publish"]),
     ("publish", &["broker::client", "broker::wire", "config", "events", "metrics", "pods", "policy", "source"]),
-    ("pods", &["broker::client", "broker::wire", "metrics", "policy", "yaml"]),
+    ("pods", &["broker::client", "broker::wire", "metrics", "policy"]),
     ("source", &["config", "metrics", "policy"]),
     ("events", &["metrics"]),
-    ("config", &["policy", "yaml"]),
+    ("config", &["policy"]),
     ("policy", &[]),
     ("metrics", &[]),
     ("log", &[]),
     ("harden", &[]),
     // The privileged half: nothing of the worker.
     ("broker", &["harden"]),
-    // The `files` attribute is YAML.
-    ("request", &["yaml"]),
+    ("request", &[]),
     ("secret", &[]),
-    ("yaml", &[]),
 ];
 const LEAVES: [&str; 2] = ["request", "secret"];
 
@@ -71,9 +69,8 @@ const ONLY: &[(&str, &[&str])] = &[
     // No runtime, no TLS, no HTTP, no YAML, no JSON beside root.
     ("broker", &["libc", "nix", "postcard", "rustix", "serde", "thiserror", "tracing"]),
     ("policy", &["jiff", "serde", "thiserror"]),
-    ("request", &["jiff", "serde", "sha2", "thiserror"]),
+    ("request", &["granit_parser", "jiff", "serde", "sha2", "strsim", "thiserror"]),
     ("secret", &["getrandom", "hmac", "secrecy", "sha2", "zeroize"]),
-    ("yaml", &["granit_parser", "strsim"]),
 ];
 
 /// What a pure room must not name: policy answers from what it is given, so that `check` and the node agree.

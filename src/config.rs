@@ -7,8 +7,7 @@ use std::time::Duration;
 
 use crate::policy::Rules;
 use crate::request::files::VaultPath;
-use crate::request::{Claim, Code, Fault, PodRef, Publish, Refresh, Token};
-use crate::yaml::{nearest, shown};
+use crate::request::{Claim, Code, Fault, PodRef, Publish, Refresh, Token, nearest, shown};
 use expand::{Expand, NamePattern, PathPattern};
 
 /// `vault` names no connection of the platform file.

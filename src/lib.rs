@@ -16,4 +16,3 @@ pub mod request;
 pub mod schedule;
 pub mod secret;
 pub mod source;
-pub mod yaml;

@@ -4,6 +4,7 @@
 //! constructors are the only place where its rule is written. No secret byte lives here but behind [`crate::secret`].
 
 pub mod files;
+pub mod yaml;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -17,6 +18,10 @@ use files::Files;
 
 /// The name under which the kubelet knows this driver (`csi.driver` in a pod).
 pub const DRIVER: &str = "csi.sealmount.io";
+
+/// The UID the worker runs as. Above what a pod can be given: `runAsUser` is at most 2147483647
+/// (kubernetes, core/v1 validation).
+pub const WORKER_UID: u32 = 3_000_065_532;
 
 /// Keys below this prefix are written by the kubelet, but also by a pod author: nothing strips them
 /// (kubernetes, pkg/volume/csi/csi_mounter.go, `mergeMap`).
@@ -86,6 +91,27 @@ pub fn summary(faults: &[Fault]) -> String {
         text.push_str(&format!("; and {} more", faults.len() - shown));
     }
     text
+}
+
+/// A name for a message: control characters escaped, cut to 40 characters.
+pub fn shown(text: &str) -> String {
+    let mut out: String = text.chars().take(40).flat_map(char::escape_debug).collect();
+    if text.chars().nth(40).is_some() {
+        out.push('…');
+    }
+    out
+}
+
+/// The known name that `text` most likely meant, as an addition to a message: ` (did you mean "for"?)`.
+pub fn nearest<'a>(text: &str, known: impl IntoIterator<Item = &'a str>) -> String {
+    let text: String = text.chars().take(64).collect();
+    known
+        .into_iter()
+        .map(|name| (strsim::damerau_levenshtein(&text, name), name))
+        .filter(|(distance, name)| *distance <= 1.max(name.len() / 3))
+        .min()
+        .map(|(_, name)| format!(" (did you mean \"{name}\"?)"))
+        .unwrap_or_default()
 }
 
 /// Why a text is not one of this module's types.
@@ -394,5 +420,17 @@ mod tests {
         }
         let deep = FileName::parse("a/b/c/d").unwrap();
         assert!(FileName::join(Some(&deep), "e").is_err());
+    }
+
+    #[test]
+    fn suggests_the_nearest_name_only_if_it_is_near() {
+        assert_eq!(nearest("frmo", ["for", "from"]), " (did you mean \"from\"?)");
+        assert_eq!(nearest("completely", ["for", "from"]), "");
+    }
+
+    #[test]
+    fn shows_names_short_and_without_control_characters() {
+        assert_eq!(shown("a\u{1b}\n"), "a\\u{1b}\\n");
+        assert_eq!(shown(&"x".repeat(99)).chars().count(), 41);
     }
 }

@@ -5,11 +5,9 @@
 
 use std::fmt;
 
-use crate::request::files::VaultPath;
-use crate::request::{Fault, Malformed, PodRef};
-use crate::yaml::{nearest, shown};
-
 use super::NOT_EXPANDABLE;
+use crate::request::files::VaultPath;
+use crate::request::{Fault, Malformed, PodRef, nearest, shown};
 
 /// A fact of the pod that the platform file may use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

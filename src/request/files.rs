@@ -6,8 +6,8 @@
 use std::fmt;
 use std::num::NonZeroU64;
 
-use super::{Code, Fault, FileName, Malformed};
-use crate::yaml::{self, Name, Node, Value, nearest, shown};
+use super::yaml::{self, Name, Node, Value};
+use super::{Code, Fault, FileName, Malformed, nearest, shown};
 
 /// `files` cannot be read as a YAML map of 1 to 256 entries in 32 KiB.
 pub const UNREADABLE: Code = Code("SM020");

@@ -12,6 +12,8 @@ use std::fmt;
 
 use granit_parser::{Event, Parser, ScalarStyle, Span};
 
+use super::shown;
+
 /// The deepest nesting of lists and maps; both grammars need at most six.
 const MAX_DEPTH: usize = 16;
 
@@ -139,27 +141,6 @@ fn hint_in(line: &str) -> String {
         return ": {{ opens a YAML map here; write the whole template in quotes".into();
     }
     String::new()
-}
-
-/// A name for a message: control characters escaped, cut to 40 characters.
-pub fn shown(text: &str) -> String {
-    let mut out: String = text.chars().take(40).flat_map(char::escape_debug).collect();
-    if text.chars().nth(40).is_some() {
-        out.push('…');
-    }
-    out
-}
-
-/// The known name that `text` most likely meant, as an addition to a message: ` (did you mean "for"?)`.
-pub fn nearest<'a>(text: &str, known: impl IntoIterator<Item = &'a str>) -> String {
-    let text: String = text.chars().take(64).collect();
-    known
-        .into_iter()
-        .map(|name| (strsim::damerau_levenshtein(&text, name), name))
-        .filter(|(distance, name)| *distance <= 1.max(name.len() / 3))
-        .min()
-        .map(|(_, name)| format!(" (did you mean \"{name}\"?)"))
-        .unwrap_or_default()
 }
 
 /// A list or map whose end has not come yet.
@@ -349,17 +330,5 @@ mod tests {
         assert_eq!(hint("c: k", 7), "");
         assert_eq!(hint("c: # a remark", 1), "");
         assert_eq!(hint("c: p/x #k", 1), ": what stands behind \" #\" is a YAML comment; leave the blank out");
-    }
-
-    #[test]
-    fn suggests_the_nearest_name_only_if_it_is_near() {
-        assert_eq!(nearest("frmo", ["for", "from"]), " (did you mean \"from\"?)");
-        assert_eq!(nearest("completely", ["for", "from"]), "");
-    }
-
-    #[test]
-    fn shows_names_short_and_without_control_characters() {
-        assert_eq!(shown("a\u{1b}\n"), "a\\u{1b}\\n");
-        assert_eq!(shown(&"x".repeat(99)).chars().count(), 41);
     }
 }
