@@ -5,8 +5,8 @@ pub mod rules;
 
 use std::time::SystemTime;
 
-use crate::request::{Claim, Code, Fault, Owner, PodRef, VolumeId};
-use facts::PodFacts;
+use crate::request::{Claim, Fault, Owner, PodRef, VolumeId};
+use facts::{Container, Csi, Kind, PodFacts};
 pub use rules::{Namespaces, RULES, Rule, Rules, Severity, Waiver};
 
 /// Proof that [`judge`] allowed this volume: only it can make one, and `source` and `broker` calls demand it.
@@ -42,8 +42,8 @@ pub type Warning = Fault;
 /// A rule's finding that refuses.
 pub type Refusal = Fault;
 
-/// Decides who may read `volume` of the pod described by `facts`. `now` decides which waivers still hold. Waived
-/// refusals come back among the warnings. On `Err` the list is never empty.
+/// Decides who may read `volume` of the pod described by `facts`. `now` decides which waivers still hold. A waived
+/// refusal comes back among the warnings, its text beginning with "waived". On `Err` the list is never empty.
 pub fn judge(
     volume: &VolumeId,
     claim: &Claim,
@@ -51,6 +51,142 @@ pub fn judge(
     rules: &Rules,
     now: SystemTime,
 ) -> Result<(Grant, Vec<Warning>), Vec<Refusal>> {
-    let _ = (volume, claim, facts, rules, now);
-    Err(vec![Fault { code: Code("SM100"), field: String::new(), text: String::new() }])
+    let case = Case::new(volume, claim, facts, rules);
+    let (mut warnings, mut refusals) = (Vec::new(), Vec::new());
+    for rule in RULES {
+        let mut findings = Vec::new();
+        (rule.check)(&case, &mut findings);
+        for finding in findings {
+            let text = format!("{}; {}", finding.text, rule.change);
+            let fault = Fault { code: rule.code, field: finding.field.clone(), text };
+            if !rules.refuses(rule) {
+                warnings.push(fault);
+            } else if let Some(waiver) = rules.waiver(rule, facts, &finding, now) {
+                warnings.push(Fault { text: format!("waived ({}): {}", waiver.reason, fault.text), ..fault });
+            } else {
+                refusals.push(fault);
+            }
+        }
+    }
+    match (&case.readers, case.owner()) {
+        (Some(readers), Some(uid)) if refusals.is_empty() => {
+            let readers = readers.iter().map(|container| container.name.clone()).collect();
+            let owner = Owner { uid, gid: 0 };
+            Ok((Grant { volume: volume.clone(), pod: facts.pod.clone(), readers, owner }, warnings))
+        }
+        _ => {
+            if refusals.is_empty() {
+                // The rules about readers and owners cover this; a gap in them must not become a grant.
+                refusals.push(Fault {
+                    code: rules::OWNER_UNKNOWN,
+                    field: case.volume_field(""),
+                    text: "it is not known who may read; write for: and uid:".into(),
+                });
+            }
+            Err(refusals)
+        }
+    }
 }
+
+/// What the rules look at: the pod, and who reads as far as that is known.
+#[derive(Debug)]
+struct Case<'a> {
+    volume: &'a VolumeId,
+    claim: &'a Claim,
+    facts: &'a PodFacts,
+    rules: &'a Rules,
+    /// The containers that may read, in the pod's order; `None` while a rule about readers fires, so that one
+    /// mistake is reported once.
+    readers: Option<Vec<&'a Container>>,
+}
+
+impl<'a> Case<'a> {
+    fn new(volume: &'a VolumeId, claim: &'a Claim, facts: &'a PodFacts, rules: &'a Rules) -> Self {
+        let mut case = Self { volume, claim, facts, rules, readers: None };
+        let readers: Vec<_> = match &claim.readers {
+            Some(names) => facts.containers.iter().filter(|c| names.contains(&c.name)).collect(),
+            None => case.mounting().collect(),
+        };
+        let wanted = claim.readers.as_ref().map_or(1, Vec::len);
+        let fit = |c: &&Container| c.kind != Kind::Ephemeral && case.mounts(c).next().is_some();
+        if readers.len() == wanted && wanted > 0 && readers.iter().all(fit) {
+            case.readers = Some(readers);
+        }
+        case
+    }
+
+    /// The indices of a container's mounts of this volume.
+    fn mounts(&self, container: &'a Container) -> impl Iterator<Item = usize> {
+        let name = self.volume.name.as_str();
+        container.mounts.iter().enumerate().filter(move |(_, mount)| mount.volume == name).map(|(index, _)| index)
+    }
+
+    /// The containers that mount this volume, readers or not.
+    fn mounting(&self) -> impl Iterator<Item = &'a Container> {
+        self.facts.containers.iter().filter(|c| self.mounts(c).next().is_some())
+    }
+
+    /// The readers, if known; else none.
+    fn readers(&self) -> impl Iterator<Item = &'a Container> {
+        self.readers.iter().flatten().copied()
+    }
+
+    /// The others, if the readers are known; else none.
+    fn neighbours(&self) -> impl Iterator<Item = &'a Container> {
+        let readers = self.readers.as_deref();
+        let other = move |c: &&Container| readers.is_some_and(|readers| !readers.iter().any(|r| r.name == c.name));
+        self.facts.containers.iter().filter(other)
+    }
+
+    /// The UID a container starts with, if the pod says so; else its image decides.
+    fn uid(&self, container: &Container) -> Option<u32> {
+        container.run_as_user.or(self.facts.run_as_user)
+    }
+
+    /// The owner: the `uid` written, else the one UID that all readers start with.
+    fn owner(&self) -> Option<u32> {
+        let readers = self.readers.as_ref()?;
+        if self.claim.uid.is_some() {
+            return self.claim.uid;
+        }
+        let first = self.uid(readers.first()?)?;
+        readers.iter().all(|reader| self.uid(reader) == Some(first)).then_some(first)
+    }
+
+    /// The field that decides the owner: where to write another.
+    fn owner_field(&self) -> String {
+        let from = self.readers().next().filter(|_| self.claim.uid.is_none());
+        match from {
+            Some(reader) if reader.run_as_user.is_some() => field(reader, ".securityContext.runAsUser"),
+            Some(_) => "spec.securityContext.runAsUser".into(),
+            None => self.volume_field(".csi.volumeAttributes.uid"),
+        }
+    }
+
+    /// The volume's source in the pod, if it is one of this kind.
+    fn csi(&self) -> Option<&'a Csi> {
+        self.facts.volumes.iter().find(|v| v.name == self.volume.name.as_str())?.csi.as_ref()
+    }
+
+    /// A field of the volume, as a path into the pod.
+    fn volume_field(&self, rest: &str) -> String {
+        let name = self.volume.name.as_str();
+        match self.facts.volumes.iter().position(|v| v.name == name) {
+            Some(index) => format!("spec.volumes[{index}]{rest}"),
+            None => format!("spec.volumes[{name}]{rest}"),
+        }
+    }
+}
+
+/// A field of a container, as a path into the pod.
+fn field(container: &Container, rest: &str) -> String {
+    let list = match container.kind {
+        Kind::Regular => "containers",
+        Kind::Init | Kind::Sidecar => "initContainers",
+        Kind::Ephemeral => "ephemeralContainers",
+    };
+    format!("spec.{list}[{}]{rest}", container.index)
+}
+
+#[cfg(test)]
+mod tests;
