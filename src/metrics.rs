@@ -415,7 +415,7 @@ mod tests {
                 let name = ["_total", "_bucket", "_sum", "_count"]
                     .iter()
                     .find_map(|end| name.strip_suffix(end));
-                let name = name.unwrap_or(sample.split('{').next().unwrap());
+                let name = name.unwrap_or_else(|| sample.split('{').next().unwrap());
                 let names = list
                     .trim_end_matches('}')
                     .split(',')
