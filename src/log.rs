@@ -55,10 +55,7 @@ struct Own {
 
 impl Own {
     fn level(&self) -> Level {
-        LEVELS
-            .get(self.level.load(Ordering::Relaxed))
-            .copied()
-            .unwrap_or(Level::INFO)
+        LEVELS.get(self.level.load(Ordering::Relaxed)).copied().unwrap_or(Level::INFO)
     }
 
     fn prints(&self, metadata: &Metadata<'_>) -> bool {
@@ -75,11 +72,7 @@ impl<S> Filter<S> for Own {
     }
 
     fn callsite_enabled(&self, metadata: &'static Metadata<'static>) -> Interest {
-        if self.prints(metadata) {
-            Interest::always()
-        } else {
-            Interest::never()
-        }
+        if self.prints(metadata) { Interest::always() } else { Interest::never() }
     }
 
     fn max_level_hint(&self) -> Option<LevelFilter> {

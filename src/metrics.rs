@@ -49,15 +49,8 @@ pub enum Outcome {
 }
 
 impl Outcome {
-    const ALL: [Self; 7] = [
-        Self::Published,
-        Self::Swapped,
-        Self::Unchanged,
-        Self::NotDue,
-        Self::Kept,
-        Self::Refused,
-        Self::Failed,
-    ];
+    const ALL: [Self; 7] =
+        [Self::Published, Self::Swapped, Self::Unchanged, Self::NotDue, Self::Kept, Self::Refused, Self::Failed];
 }
 
 impl EncodeLabelValue for Outcome {
@@ -155,46 +148,14 @@ impl Metrics {
             oldest: Mutex::new(None),
         };
         let to = &mut series.registry;
-        to.register(
-            "publishes",
-            "NodePublishVolume calls by outcome",
-            series.publishes.clone(),
-        );
-        to.register(
-            "refusals",
-            "Refusals by code; one call may be refused by several",
-            series.refusals.clone(),
-        );
-        to.register(
-            "fetch_seconds",
-            "Time of one fetch of a volume's content",
-            series.fetches.clone(),
-        );
-        to.register(
-            "config_reloads",
-            "Reloads of the platform's file by result",
-            series.reloads.clone(),
-        );
-        to.register(
-            "events_dropped",
-            "Pod events that were not sent",
-            series.events_dropped.clone(),
-        );
-        to.register(
-            "worker_restarts",
-            "Times the worker was started again",
-            series.worker_restarts.clone(),
-        );
-        to.register(
-            "standing_volumes",
-            "Volumes that stand on this node",
-            series.standing.clone(),
-        );
-        to.register(
-            "stale_volumes",
-            "Volumes whose content could not be refreshed in time",
-            series.stale.clone(),
-        );
+        to.register("publishes", "NodePublishVolume calls by outcome", series.publishes.clone());
+        to.register("refusals", "Refusals by code; one call may be refused by several", series.refusals.clone());
+        to.register("fetch_seconds", "Time of one fetch of a volume's content", series.fetches.clone());
+        to.register("config_reloads", "Reloads of the platform's file by result", series.reloads.clone());
+        to.register("events_dropped", "Pod events that were not sent", series.events_dropped.clone());
+        to.register("worker_restarts", "Times the worker was started again", series.worker_restarts.clone());
+        to.register("standing_volumes", "Volumes that stand on this node", series.standing.clone());
+        to.register("stale_volumes", "Volumes whose content could not be refreshed in time", series.stale.clone());
         to.register(
             "content_age_seconds",
             "Time since the oldest content on this node was known to be current; 0 without volumes",
@@ -215,10 +176,7 @@ impl Metrics {
 
     /// Counts a fetch, successful or not. `source` is `kubernetes` or `vault`; `connection` is empty for `kubernetes`.
     pub fn fetch(&self, source: &'static str, connection: &str, took: Duration) {
-        let labels = BySource {
-            source,
-            connection: connection.to_owned(),
-        };
+        let labels = BySource { source, connection: connection.to_owned() };
         self.0.fetches.get_or_create(&labels).observe(took.as_secs_f64());
     }
 
@@ -249,9 +207,7 @@ impl Metrics {
     pub fn encode(&self) -> String {
         let oldest = *self.0.oldest.lock().unwrap_or_else(PoisonError::into_inner);
         // A clock set back gives no negative age.
-        let age = oldest
-            .and_then(|at| SystemTime::now().duration_since(at).ok())
-            .unwrap_or_default();
+        let age = oldest.and_then(|at| SystemTime::now().duration_since(at).ok()).unwrap_or_default();
         self.0.content_age.set(age.as_secs_f64());
         let mut text = String::new();
         // Writing into a String does not fail.
@@ -271,11 +227,8 @@ struct Bounds {
     header_time: Duration,
 }
 
-const BOUNDS: Bounds = Bounds {
-    connections: 8,
-    connection_time: Duration::from_secs(10),
-    header_time: Duration::from_secs(5),
-};
+const BOUNDS: Bounds =
+    Bounds { connections: 8, connection_time: Duration::from_secs(10), header_time: Duration::from_secs(5) };
 /// The longest header of a request, in bytes: the least the server takes.
 const HEADER_BYTES: usize = 8192;
 
@@ -381,10 +334,7 @@ mod tests {
         ] {
             assert!(text.lines().any(|found| found == line), "no {line:?} in\n{text}");
         }
-        let age = text
-            .lines()
-            .find_map(|line| line.strip_prefix("sealmount_content_age_seconds "))
-            .unwrap();
+        let age = text.lines().find_map(|line| line.strip_prefix("sealmount_content_age_seconds ")).unwrap();
         assert!(age.parse::<f64>().unwrap() >= 90.0, "{age}");
     }
 
@@ -412,14 +362,9 @@ mod tests {
             } else if !line.starts_with('#') {
                 let (sample, _) = line.rsplit_once(' ').unwrap();
                 let (name, list) = sample.split_once('{').unwrap_or((sample, "}"));
-                let name = ["_total", "_bucket", "_sum", "_count"]
-                    .iter()
-                    .find_map(|end| name.strip_suffix(end));
+                let name = ["_total", "_bucket", "_sum", "_count"].iter().find_map(|end| name.strip_suffix(end));
                 let name = name.unwrap_or_else(|| sample.split('{').next().unwrap());
-                let names = list
-                    .trim_end_matches('}')
-                    .split(',')
-                    .filter_map(|pair| pair.split_once('='));
+                let names = list.trim_end_matches('}').split(',').filter_map(|pair| pair.split_once('='));
                 let names = names.map(|(name, _)| name.to_owned()).filter(|name| name != "le");
                 labels.entry(name.to_owned()).or_default().extend(names);
             }
@@ -428,11 +373,7 @@ mod tests {
             .iter()
             .map(|(name, kind)| {
                 let end = if kind == "counter" { "_total" } else { "" };
-                let labels = labels[name]
-                    .iter()
-                    .map(|label| format!("`{label}`"))
-                    .collect::<Vec<_>>()
-                    .join(", ");
+                let labels = labels[name].iter().map(|label| format!("`{label}`")).collect::<Vec<_>>().join(", ");
                 format!("| `{name}{end}` | {kind} | {labels} | {} |", helps[name])
             })
             .collect();
@@ -457,10 +398,7 @@ mod tests {
         let _ = stream.read_to_end(&mut answer).await;
         stop.send(()).unwrap();
         server.await.unwrap();
-        assert!(
-            TcpStream::connect(address).await.is_err(),
-            "the listener is still there after the shutdown"
-        );
+        assert!(TcpStream::connect(address).await.is_err(), "the listener is still there after the shutdown");
         String::from_utf8(answer).unwrap()
     }
 
@@ -468,10 +406,7 @@ mod tests {
     async fn serves_metrics_and_nothing_else() {
         let found = asked(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n").await;
         assert!(found.starts_with("HTTP/1.1 200 OK\r\n"), "{found}");
-        assert!(
-            found.contains("content-type: application/openmetrics-text; version=1.0.0; charset=utf-8"),
-            "{found}"
-        );
+        assert!(found.contains("content-type: application/openmetrics-text; version=1.0.0; charset=utf-8"), "{found}");
         assert!(found.contains("sealmount_standing_volumes 5\n"), "{found}");
         let found = asked(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").await;
         assert!(found.starts_with("HTTP/1.1 404 "), "{found}");
@@ -490,11 +425,7 @@ mod tests {
     async fn a_silent_client_holds_no_place() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let bounds = Bounds {
-            connections: 2,
-            header_time: Duration::from_millis(50),
-            ..BOUNDS
-        };
+        let bounds = Bounds { connections: 2, header_time: Duration::from_millis(50), ..BOUNDS };
         let server = tokio::spawn(serve_within(bounds, listener, Metrics::new(), std::future::pending()));
         let mut silent = Vec::new();
         for _ in 0..bounds.connections {
@@ -502,10 +433,7 @@ mod tests {
         }
         // Waits until one of the silent ones is dropped, and is served then.
         let mut stream = TcpStream::connect(address).await.unwrap();
-        stream
-            .write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
-            .await
-            .unwrap();
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
         let mut answer = Vec::new();
         stream.read_to_end(&mut answer).await.unwrap();
         assert!(answer.starts_with(b"HTTP/1.1 200"));

@@ -362,9 +362,9 @@ mod tests {
     use crate::policy::facts::{Container, Csi, Mount, Volume};
     use crate::request::attributes_digest;
 
-    const YAML: &str = include_str!("../e2e/lab/pod/pod.yaml");
-    const JSON: &str = include_str!("../e2e/lab/pod/pod.json");
-    const PROTOBUF: &[u8] = include_bytes!("../e2e/lab/pod/pod.pb");
+    const YAML: &str = include_str!("../e2e/lab/recorded/pod.yaml");
+    const JSON: &str = include_str!("../e2e/lab/recorded/pod.json");
+    const PROTOBUF: &[u8] = include_bytes!("../e2e/lab/recorded/pod.pb");
 
     fn who() -> PodRef {
         PodRef {
