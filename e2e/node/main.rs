@@ -6,4 +6,5 @@
 #[path = "../lab/mod.rs"]
 mod lab;
 
+mod broker;
 mod vault;

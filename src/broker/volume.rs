@@ -1,0 +1,572 @@
+//! Commit and Remove on the kernel's side, as lists of steps; each step says why it is where it is.
+//!
+//! The rules behind all of it: no descriptor of a published superblock leaves this process; what the worker wrote is
+//! copied into inodes that only the broker ever opened; nothing is touched that does not pass the safe test of
+//! [`Kubelet::place`]; and whatever can wait for an application's directory lock runs in a [`fork`].
+
+use std::fs::canonicalize;
+use std::io::Read;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::{fs, io};
+
+use rustix::fs::{
+    AtFlags, CWD, Dir, FileType, Gid, Mode, OFlags, ResolveFlags, StatxAttributes, StatxFlags, Uid, XattrFlags, fchmod,
+    fchown, fgetxattr, fsetxattr, fstat, fstatfs, ftruncate, mkdirat, openat, openat2, readlinkat, renameat, sendfile,
+    statx, symlinkat, unlinkat,
+};
+use rustix::io::{Errno, pwrite};
+use rustix::mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags, move_mount, open_tree, unmount};
+use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::{
+    Pid, Signal, WaitOptions, getpid, getppid, kill_process, set_parent_process_death_signal, waitpid,
+};
+use serde::{Deserialize, Serialize};
+
+use super::layout::{DATA, DATA_NEXT, Layout, generation_name, parse_generation};
+use super::mounts::{Tmpfs, Usage, mounts, resize, set_read_only, tmpfs, usage};
+use super::wire::{Commit, Denied};
+use crate::request::{DRIVER, Owner, PodUid, VolumeId, VolumeName};
+
+/// What mountinfo shows as the source of a volume.
+const SOURCE: &str = "sealmount";
+/// The attribute on a volume's root that says whose it is. To forge it takes SYS_ADMIN in the first user namespace.
+const ATTRIBUTE: &str = "trusted.sealmount";
+/// The first byte of the attribute.
+const RECORD_VERSION: u8 = 1;
+const TMPFS_MAGIC: i64 = 0x0102_1994;
+/// Every path the broker opens is resolved below a descriptor it holds, through no link of any kind.
+const INSIDE: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
+const DIRECTORY: OFlags = OFlags::DIRECTORY.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
+
+/// What a volume says of itself in [`ATTRIBUTE`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Record {
+    pub(crate) volume: VolumeId,
+    pub(crate) owner: Owner,
+    pub(crate) generation: u64,
+    pub(crate) since: u64,
+    pub(crate) bytes: u64,
+    pub(crate) key: [u8; 32],
+    pub(crate) tag: [u8; 32],
+    pub(crate) note: Vec<u8>,
+}
+
+impl Record {
+    fn store(&self, root: &OwnedFd) -> Result<(), Denied> {
+        let bytes = postcard::to_extend(self, vec![RECORD_VERSION]).map_err(|_| Denied::Invalid("the note".into()))?;
+        fsetxattr(root, ATTRIBUTE, &bytes, XattrFlags::empty()).map_err(at("write the volume's attribute"))
+    }
+
+    fn load(root: &OwnedFd) -> Option<Self> {
+        let mut bytes = [0; 4096]; // the longest record is below 1 500 bytes
+        let length = fgetxattr(root, ATTRIBUTE, &mut bytes).ok()?;
+        let (&RECORD_VERSION, body) = bytes.get(..length)?.split_first()? else { return None };
+        postcard::from_bytes(body).ok()
+    }
+}
+
+/// A volume of ours that passed the safe test; its descriptors were checked and are used from here on.
+#[derive(Debug)]
+pub(crate) struct Mounted {
+    parent: OwnedFd,
+    /// The mount's root, O_PATH.
+    target: OwnedFd,
+    pub(crate) record: Record,
+    /// What `..data` names. Differs from the record's after a crash between rename and attribute.
+    pub(crate) generation: u64,
+    pub(crate) usage: Usage,
+}
+
+/// What is where a volume belongs.
+#[derive(Debug)]
+pub(crate) enum Place {
+    /// The kubelet made no directory for it, or removed it.
+    Unprepared,
+    /// Nothing is mounted; the descriptor is of the volume's directory.
+    Bare(OwnedFd),
+    /// A volume of ours.
+    Ours(Box<Mounted>),
+}
+
+/// The kubelet's directory: every path is composed below it from a pod's UID and a volume's name, never taken.
+#[derive(Debug)]
+pub(crate) struct Kubelet {
+    root: OwnedFd,
+    pods: String,
+}
+
+impl Kubelet {
+    /// Opens it once; links in the given path itself are the administrator's and are followed.
+    pub(crate) fn open(path: &Path) -> io::Result<Self> {
+        let path = canonicalize(path)?;
+        let root = openat(CWD, &path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+        let path = path.to_str().ok_or_else(|| io::Error::other("the path is not UTF-8"))?;
+        Ok(Self { root, pods: format!("{}/pods/", path.trim_end_matches('/')) })
+    }
+
+    /// The safe test. Mountinfo comes first: touching another driver's dead mount may hang for ever. Only a line that
+    /// says tmpfs, our source, the file system's own root and exactly our path is touched at all; then the opened
+    /// directory must be that mount's root, with that mount's id, a tmpfs, and name this pod and volume.
+    pub(crate) fn place(&self, volume: &VolumeId) -> Result<Place, Denied> {
+        let below = format!("{}/volumes/kubernetes.io~csi/{}", volume.pod, volume.name);
+        let foreign = |why: &str| Err(Denied::Foreign(why.to_owned()));
+        let point = format!("{}{below}/mount", self.pods);
+        let mut lines = mounts(&point).map_err(at("read /proc/self/mountinfo"))?;
+        lines.retain(|line| line.point == point);
+        let line = match lines.as_slice() {
+            [] => None,
+            [line] if line.fs == "tmpfs" && line.source == SOURCE && line.root == "/" => Some(line),
+            [_] => return foreign("another mount"),
+            _ => return foreign("mounts on top of each other"),
+        };
+
+        let path = OFlags::PATH | DIRECTORY;
+        let parent = match openat2(&self.root, format!("pods/{below}"), path, Mode::empty(), INSIDE) {
+            Ok(parent) => parent,
+            Err(Errno::NOENT) if line.is_none() => return Ok(Place::Unprepared),
+            Err(Errno::LOOP) => return foreign("a symbolic link in its path"),
+            Err(error) => return Err(at("open the volume's directory")(error)),
+        };
+        let Some(line) = line else { return Ok(Place::Bare(parent)) };
+        let target = openat2(&parent, "mount", path, Mode::empty(), INSIDE).map_err(at("open the mount"))?;
+        let stat = statx(&target, "", AtFlags::EMPTY_PATH | AtFlags::NO_AUTOMOUNT, StatxFlags::MNT_ID)
+            .map_err(at("stat the mount"))?;
+        if stat.stx_mnt_id != line.id || !stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT) {
+            return foreign("another mount than the one listed");
+        }
+        if fstatfs(&target).map_err(at("stat the file system"))?.f_type != TMPFS_MAGIC {
+            return foreign("no tmpfs");
+        }
+        let root = open_root(&target)?;
+        let Some(record) = Record::load(&root).filter(|record| record.volume == *volume) else {
+            return foreign("a tmpfs that does not name this pod and volume");
+        };
+        // Reading a link takes no directory lock: this must not wait for an application.
+        let data = readlinkat(&root, DATA, Vec::new()).map_err(at("read ..data"))?;
+        let Some(generation) = parse_generation(data.as_bytes()) else { return foreign("..data is not ours") };
+        let usage = usage(&target).map_err(at("stat the file system"))?;
+        Ok(Place::Ours(Box::new(Mounted { parent, target, record, generation, usage })))
+    }
+
+    /// The volumes mountinfo seems to show; each has yet to pass the safe test.
+    pub(crate) fn candidates(&self) -> io::Result<Vec<VolumeId>> {
+        let volume = |point: &str| {
+            let (pod, rest) = point.strip_prefix(&self.pods)?.split_once('/')?;
+            let name = rest.strip_prefix("volumes/kubernetes.io~csi/")?.strip_suffix("/mount")?;
+            Some(VolumeId { pod: PodUid::parse(pod).ok()?, name: VolumeName::parse(name).ok()? })
+        };
+        let ours = mounts(&self.pods)?.into_iter().filter(|line| line.fs == "tmpfs" && line.source == SOURCE);
+        let mut volumes: Vec<_> = ours.filter_map(|line| volume(&line.point)).collect();
+        volumes.sort();
+        volumes.dedup();
+        Ok(volumes)
+    }
+}
+
+/// First publish: nothing is visible before the one atomic attach, so any error leaves nothing but, at the worst, an
+/// empty directory. Runs in the broker: nobody else can lock a tmpfs that is attached nowhere.
+pub(crate) fn publish(
+    parent: &OwnedFd,
+    work: &OwnedFd,
+    commit: &Commit,
+    layout: &Layout,
+    noswap: bool,
+    since: u64,
+) -> Result<(), Denied> {
+    // Only where the kubelet asked for this driver: a hostile worker must not publish over another's volume.
+    prepared(parent)?;
+    let target = Target::make(parent)?;
+
+    let (size, inodes) = layout.room((0, 0));
+    let Owner { uid, gid } = commit.owner;
+    let spec = Tmpfs { source: SOURCE, size, inodes, mode: "0500", uid, gid, noswap };
+    let mount = tmpfs(&spec).map_err(at("make a tmpfs"))?;
+    let root = open_root(&mount)?; // the mount's own descriptor is O_PATH
+    fill(&root, work, commit, layout, 1)?;
+    link(&root, layout)?;
+    symlinkat(generation_name(1), &root, DATA).map_err(at("link ..data"))?;
+    record(commit, layout, 1, since).store(&root)?;
+
+    // Every writable descriptor is closed now; EBUSY here means that one is not: a check of ourselves, for free.
+    drop(root);
+    set_read_only(&mount, true).map_err(at("seal the mount"))?;
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    move_mount(&mount, "", &target.directory, "", flags).map_err(at("attach the mount"))?;
+    target.keep();
+    Ok(())
+}
+
+/// Swaps a standing volume's content. Runs in a fork: an application can hold the lock of its volume's directory.
+pub(crate) fn update(mounted: &Mounted, work: &OwnedFd, commit: &Commit, layout: &Layout) -> Result<(), Denied> {
+    let (handle, root) = writable(mounted)?;
+    clean(&root)?; // what an earlier attempt left would be in the way
+
+    let usage = usage(&root).map_err(at("stat the file system"))?;
+    let (size, inodes) = layout.room((usage.used, usage.inodes_used));
+    if (size, inodes) != (usage.size, usage.inodes) {
+        resize(&mounted.target, size, inodes).map_err(at("resize the volume"))?;
+    }
+
+    let generation = mounted.generation.saturating_add(1);
+    let swap = || {
+        fill(&root, work, commit, layout, generation)?;
+        // New names first: they lead nowhere until the rename, and everywhere after it.
+        link(&root, layout)?;
+        symlinkat(generation_name(generation), &root, DATA_NEXT).map_err(at("link ..data_tmp"))?;
+        renameat(&root, DATA_NEXT, &root, DATA).map_err(at("rename ..data"))
+    };
+    if let Err(denied) = swap() {
+        let _ = clean(&root); // nothing was visible; what stays is cleaned by the next attempt
+        return Err(denied);
+    }
+    // After the rename: with a crash between the two the attribute's generation is not the one `..data` names, and its
+    // tag then counts for nothing.
+    record(commit, layout, generation, mounted.record.since).store(&root)?;
+    // The old generation is unlinked, not overwritten: a mapping, an open file or a subPath bind reads it to the end.
+    clean(&root)?;
+    seal(&handle, root)
+}
+
+/// Stores another note beside the same content. Runs in a fork, as writing an attribute locks the directory.
+pub(crate) fn annotate(mounted: &Mounted, note: &[u8]) -> Result<(), Denied> {
+    let (handle, root) = writable(mounted)?;
+    Record { note: note.to_vec(), ..mounted.record.clone() }.store(&root)?;
+    seal(&handle, root)
+}
+
+/// Removes what a crash left in a standing volume. Runs in a fork.
+pub(crate) fn tidy(mounted: &Mounted) -> Result<(), Denied> {
+    let (handle, root) = writable(mounted)?;
+    clean(&root)?;
+    seal(&handle, root)
+}
+
+/// Overwrites everything that stands in a volume about to go. A file that an application leased is skipped.
+pub(crate) fn overwrite(mounted: &Mounted) -> Result<(), Denied> {
+    let (handle, root) = writable(mounted)?;
+    overwrite_below(&root)?;
+    seal(&handle, root)
+}
+
+/// Unmounts a volume that passed the safe test, by the checked descriptor and not by a path, and removes its
+/// directory: the kubelet expects the path to be gone.
+pub(crate) fn detach(mounted: &Mounted) -> Result<(), Denied> {
+    let path = format!("/proc/self/fd/{}", mounted.target.as_raw_fd());
+    unmount(path, UnmountFlags::DETACH).map_err(at("unmount the volume"))?;
+    match unlinkat(&mounted.parent, "mount", AtFlags::REMOVEDIR) {
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        Err(error) => Err(at("remove the volume's directory")(error)),
+    }
+}
+
+/// Remove where nothing is mounted: an empty directory that a publish of ours left goes too, anything else stays.
+pub(crate) fn remove_bare(parent: &OwnedFd) -> Result<(), Denied> {
+    match open_bare(parent) {
+        Err(Errno::NOENT) => return Ok(()),
+        Err(_) => return Err(Denied::Foreign("no plain directory".into())),
+        Ok(_) => prepared(parent).map_err(|denied| Denied::Foreign(denied.to_string()))?,
+    }
+    match unlinkat(parent, "mount", AtFlags::REMOVEDIR) {
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        Err(Errno::NOTEMPTY | Errno::EXIST) => Err(Denied::Foreign("a directory that is not empty".into())),
+        Err(error) => Err(at("remove the volume's directory")(error)),
+    }
+}
+
+/// The directory to attach to, made or found empty. Undoes only what it did: dropped before `keep`, it removes the
+/// directory if it made it.
+struct Target<'a> {
+    parent: &'a OwnedFd,
+    directory: OwnedFd,
+    made: bool,
+}
+
+impl<'a> Target<'a> {
+    fn make(parent: &'a OwnedFd) -> Result<Self, Denied> {
+        let made = match mkdirat(parent, "mount", Mode::from_raw_mode(0o750)) {
+            Ok(()) => true,
+            Err(Errno::EXIST) => false,
+            Err(error) => return Err(at("make the volume's directory")(error)),
+        };
+        let directory = open_bare(parent).map_err(|_| Denied::Foreign("no plain directory".into()))?;
+        let target = Self { parent, directory, made };
+        if !made && !entries(&target.directory)?.is_empty() {
+            return Err(Denied::Foreign("a directory that is not empty".into()));
+        }
+        Ok(target)
+    }
+
+    fn keep(mut self) {
+        self.made = false;
+    }
+}
+
+impl Drop for Target<'_> {
+    fn drop(&mut self) {
+        if self.made {
+            let _ = unlinkat(self.parent, "mount", AtFlags::REMOVEDIR);
+        }
+    }
+}
+
+/// Opens `mount` where nothing is mounted on it. NO_XDEV refuses a mount without touching its file system.
+fn open_bare(parent: &OwnedFd) -> rustix::io::Result<OwnedFd> {
+    openat2(parent, "mount", OFlags::PATH | DIRECTORY, Mode::empty(), INSIDE | ResolveFlags::NO_XDEV)
+}
+
+/// Whether the kubelet prepared this directory for this driver: it writes vol_data.json, as root, before it calls
+/// (kubernetes, pkg/volume/csi/csi_mounter.go). A quote inside a JSON string is escaped, so no value can hold these
+/// bytes; blanks between tokens are ignored.
+fn prepared(parent: &OwnedFd) -> Result<(), Denied> {
+    let refuse = |why: &str| Denied::NotPrepared(format!("vol_data.json {why}"));
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let file = match openat2(parent, "vol_data.json", flags, Mode::empty(), INSIDE | ResolveFlags::NO_XDEV) {
+        Ok(file) => file,
+        Err(Errno::NOENT) => return Err(refuse("is missing")),
+        Err(error) => return Err(refuse(&format!("cannot be opened: {error}"))),
+    };
+    let stat = fstat(&file).map_err(at("stat vol_data.json"))?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile || stat.st_uid != 0 {
+        return Err(refuse("is not a regular file of root's"));
+    }
+    let mut text = Vec::new();
+    fs::File::from(file).take(64 * 1024).read_to_end(&mut text).map_err(at("read vol_data.json"))?;
+    text.retain(|byte| !byte.is_ascii_whitespace());
+    let wanted = format!("\"driverName\":\"{DRIVER}\"");
+    if text.windows(wanted.len()).any(|bytes| bytes == wanted.as_bytes()) {
+        return Ok(());
+    }
+    Err(refuse("names another driver"))
+}
+
+fn record(commit: &Commit, layout: &Layout, generation: u64, since: u64) -> Record {
+    let Commit { volume, owner, key, tag, note, .. } = commit;
+    let (volume, note) = (volume.clone(), note.clone());
+    Record { volume, owner: *owner, generation, since, bytes: layout.bytes, key: *key, tag: *tag, note }
+}
+
+/// A clone of the mount through which the broker alone can write for a moment. No writable handle is kept between
+/// calls, so that a restart and an update take the same path.
+fn writable(mounted: &Mounted) -> Result<(OwnedFd, OwnedFd), Denied> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+    let handle = open_tree(&mounted.target, "", flags).map_err(at("clone the mount"))?;
+    set_read_only(&handle, false).map_err(at("make the clone writable"))?;
+    let root = open_root(&handle)?;
+    Ok((handle, root))
+}
+
+fn seal(handle: &OwnedFd, root: OwnedFd) -> Result<(), Denied> {
+    drop(root);
+    set_read_only(handle, true).map_err(at("seal the clone"))
+}
+
+fn open_root(mount: &OwnedFd) -> Result<OwnedFd, Denied> {
+    openat(mount, ".", OFlags::RDONLY | DIRECTORY, Mode::empty()).map_err(at("open the volume"))
+}
+
+/// Fills a new generation, complete and owned, with root's own copies.
+fn fill(root: &OwnedFd, work: &OwnedFd, commit: &Commit, layout: &Layout, generation: u64) -> Result<(), Denied> {
+    let name = generation_name(generation);
+    let private = Mode::from_raw_mode(0o700);
+    mkdirat(root, &name, private).map_err(at("make the generation"))?;
+    let tree = openat(root, &name, OFlags::RDONLY | DIRECTORY, Mode::empty()).map_err(at("open the generation"))?;
+    for dir in &layout.dirs {
+        mkdirat(&tree, dir, private).map_err(at("make a directory"))?;
+    }
+    for (index, (name, length)) in (0_u32..).zip(&commit.files) {
+        let source = |why: &str| Denied::Source { index, why: why.to_owned() };
+        let input = open_source(work, &format!("{}/{index}", commit.work))
+            .map_err(|error| source(&format!("it cannot be opened: {error}")))?;
+        let stat = fstat(&input).map_err(at("stat a work file"))?;
+        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+            return Err(source("it is not a regular file"));
+        }
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let output = openat(&tree, name.as_str(), flags, Mode::empty()).map_err(at("make a file"))?;
+        // The bytes go from one tmpfs to the other inside the kernel; no page is shared afterwards.
+        let mut offset = 0;
+        while offset < *length {
+            let rest = usize::try_from(*length - offset).unwrap_or(usize::MAX).min(1 << 20);
+            if sendfile(&output, &input, Some(&mut offset), rest).map_err(at("copy a file"))? == 0 {
+                return Err(source("it is shorter"));
+            }
+        }
+        if sendfile(&output, &input, Some(&mut offset), 1).map_err(at("copy a file"))? != 0 {
+            return Err(source("it is longer"));
+        }
+        give(&output, commit.owner, 0o400)?;
+    }
+    // Innermost first: a directory that is the owner's already would need no right of ours, but none is left behind.
+    for dir in layout.dirs.iter().rev() {
+        let dir = openat(&tree, dir, OFlags::RDONLY | DIRECTORY, Mode::empty()).map_err(at("open a directory"))?;
+        give(&dir, commit.owner, 0o500)?;
+    }
+    give(&tree, commit.owner, 0o500)
+}
+
+/// Gives an inode of the broker's own to the owner. Never called with one of the worker's: that can hang in D.
+fn give(fd: &OwnedFd, owner: Owner, mode: u32) -> Result<(), Denied> {
+    fchown(fd, Some(Uid::from_raw(owner.uid)), Some(Gid::from_raw(owner.gid))).map_err(at("give to the owner"))?;
+    fchmod(fd, Mode::from_raw_mode(mode)).map_err(at("set the mode"))
+}
+
+/// Opens what the worker wrote. CACHED: a tmpfs keeps every name in the cache, and a lookup that is not cached waits
+/// for the directory's lock, which a hostile worker can hold. A mount elsewhere on the node can make it fail once.
+fn open_source(work: &OwnedFd, path: &str) -> rustix::io::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let resolve = INSIDE | ResolveFlags::NO_XDEV | ResolveFlags::CACHED;
+    let mut result = Err(Errno::AGAIN);
+    for _ in 0..100 {
+        result = openat2(work, path, flags, Mode::empty(), resolve);
+        if !matches!(result, Err(Errno::AGAIN)) {
+            break;
+        }
+    }
+    result
+}
+
+/// Makes the names of a content; those that stand already are the same links.
+fn link(root: &OwnedFd, layout: &Layout) -> Result<(), Denied> {
+    for name in &layout.links {
+        match symlinkat(format!("{DATA}/{name}"), root, name) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(error) => return Err(at("link a name")(error)),
+        }
+    }
+    Ok(())
+}
+
+/// Removes everything `..data` does not name. `..data_tmp` goes first: a dead broker's child may still wait in a
+/// rename of it, and must then find nothing, or it would bring back a generation that is being removed here.
+fn clean(root: &OwnedFd) -> Result<(), Denied> {
+    match unlinkat(root, DATA_NEXT, AtFlags::empty()) {
+        Ok(()) | Err(Errno::NOENT) => {}
+        Err(error) => return Err(at("remove ..data_tmp")(error)),
+    }
+    let data = readlinkat(root, DATA, Vec::new()).map_err(at("read ..data"))?.into_string();
+    let data = data.map_err(|_| Denied::Foreign("..data is not ours".into()))?;
+    let standing = openat(root, &data, OFlags::RDONLY | DIRECTORY, Mode::empty()).map_err(at("open ..data"))?;
+    let named = entries(&standing)?;
+    for (name, kind) in entries(root)? {
+        if parse_generation(name.as_bytes()).is_some() && name != data {
+            remove_tree(root, &name)?;
+        } else if kind == FileType::Symlink && name != DATA && !named.iter().any(|(top, _)| *top == name) {
+            unlinkat(root, &name, AtFlags::empty()).map_err(at("remove a name"))?;
+        }
+    }
+    Ok(())
+}
+
+fn remove_tree(parent: &OwnedFd, name: &str) -> Result<(), Denied> {
+    let dir = openat(parent, name, OFlags::RDONLY | DIRECTORY, Mode::empty()).map_err(at("open an old directory"))?;
+    for (name, kind) in entries(&dir)? {
+        if kind == FileType::Directory {
+            remove_tree(&dir, &name)?;
+        } else {
+            unlinkat(&dir, &name, AtFlags::empty()).map_err(at("remove an old file"))?;
+        }
+    }
+    unlinkat(parent, name, AtFlags::REMOVEDIR).map_err(at("remove an old directory"))
+}
+
+fn overwrite_below(dir: &OwnedFd) -> Result<(), Denied> {
+    const ZEROS: [u8; 4096] = [0; 4096];
+    for (name, kind) in entries(dir)? {
+        if kind == FileType::Directory {
+            let dir = openat(dir, &name, OFlags::RDONLY | DIRECTORY, Mode::empty()).map_err(at("open a directory"))?;
+            overwrite_below(&dir)?;
+        } else if kind == FileType::RegularFile {
+            let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let file = match openat2(dir, &name, flags, Mode::empty(), INSIDE) {
+                Err(Errno::AGAIN) => continue, // leased by the application: its pages go with the superblock
+                file => file.map_err(at("open a file to overwrite"))?,
+            };
+            let length = u64::try_from(fstat(&file).map_err(at("stat a file"))?.st_size).unwrap_or(0);
+            let mut offset = 0;
+            while offset < length {
+                let rest = usize::try_from(length - offset).unwrap_or(usize::MAX).min(ZEROS.len());
+                let zeros = ZEROS.get(..rest).unwrap_or_default();
+                match pwrite(&file, zeros, offset).map_err(at("overwrite a file"))? {
+                    0 => break,
+                    count => offset = offset.saturating_add(count as u64),
+                }
+            }
+            ftruncate(&file, 0).map_err(at("truncate a file"))?;
+        }
+    }
+    Ok(())
+}
+
+/// The names and kinds in a directory of ours, without `.` and `..`.
+fn entries(dir: &OwnedFd) -> Result<Vec<(String, FileType)>, Denied> {
+    // Opened anew: reading moves a descriptor's offset, and a directory to attach to is held by O_PATH.
+    let dir = openat(dir, ".", OFlags::RDONLY | DIRECTORY, Mode::empty()).map_err(at("open a directory"))?;
+    let mut names = Vec::new();
+    for entry in Dir::new(dir).map_err(at("list a directory"))? {
+        let entry = entry.map_err(at("list a directory"))?;
+        let name = entry.file_name().to_string_lossy();
+        if name != "." && name != ".." {
+            names.push((name.into_owned(), entry.file_type()));
+        }
+    }
+    Ok(names)
+}
+
+/// The error of one step.
+pub(crate) fn at<E: Into<io::Error>>(step: &'static str) -> impl Fn(E) -> Denied {
+    move |error| Denied::System { step: step.to_owned(), error: error.into().to_string() }
+}
+
+/// A short-lived child: it may wait for an application's lock, for ever at the worst, and nobody waits with it.
+#[derive(Debug)]
+pub(crate) struct Fork {
+    pid: Pid,
+    result: OwnedFd,
+}
+
+/// Runs `work` in a child, which dies with the broker.
+pub(crate) fn fork(work: impl FnOnce() -> Result<(), Denied>) -> Result<Fork, Denied> {
+    let (result, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).map_err(at("make a pipe"))?;
+    let parent = getpid();
+    // SAFETY: the broker has one thread, so no lock is held by a thread the child lacks and the child may allocate.
+    #[allow(unsafe_code)]
+    let pid = unsafe { libc::fork() };
+    if pid == 0 {
+        let answer = catch_unwind(AssertUnwindSafe(|| {
+            // A child that outlived its broker would race with the next one's cleaning.
+            set_parent_process_death_signal(Some(Signal::KILL)).map_err(at("ask to die with the broker"))?;
+            if getppid() != Some(parent) { Err(Denied::Busy) } else { work() }
+        }));
+        let answer = answer.unwrap_or_else(|_| Err(at("update")(io::Error::other("a defect of sealmount's"))));
+        let _ = rustix::io::write(&write, &postcard::to_stdvec(&answer).unwrap_or_default());
+        // SAFETY: ends the child without running the parent's destructors and exit handlers.
+        #[allow(unsafe_code)]
+        unsafe {
+            libc::_exit(0)
+        }
+    }
+    match Pid::from_raw(pid).filter(|_| pid > 0) {
+        Some(pid) => Ok(Fork { pid, result }),
+        None => Err(at("fork")(io::Error::last_os_error())),
+    }
+}
+
+impl Fork {
+    /// What came of it, once it ended.
+    pub(crate) fn ended(&self) -> Option<Result<(), Denied>> {
+        if let Ok(None) = waitpid(Some(self.pid), WaitOptions::NOHANG) {
+            return None;
+        }
+        let mut answer = [0; 4096];
+        let length = rustix::io::read(&self.result, &mut answer).unwrap_or(0);
+        let answer = answer.get(..length).and_then(|bytes| postcard::from_bytes(bytes).ok());
+        Some(answer.unwrap_or(Err(Denied::Timeout))) // it wrote nothing: it was killed
+    }
+
+    /// Ends it if the kernel can: a child that waits for a lock goes on until it has it, does that one call, and ends.
+    pub(crate) fn kill(&self) {
+        let _ = kill_process(self.pid, Signal::KILL);
+    }
+}
