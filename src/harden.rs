@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use rustix::fs::Mode;
 use rustix::io::{FdFlags, fcntl_getfd, fcntl_setfd};
@@ -88,16 +88,11 @@ pub fn adopt(number: RawFd) -> Result<OwnedFd, HardenError> {
     if number <= 2 {
         return Err(step("inherit a descriptor")(io::Error::other("it is a standard stream")));
     }
-    // SAFETY: the number came from the process that started this one, which passed it for this purpose; if it is not
-    // open, the check below fails and closing it has no effect.
+    // SAFETY: borrowed for one question, whose answer is an error if the number is not open.
+    let open = fcntl_getfd(unsafe { BorrowedFd::borrow_raw(number) });
+    open.map_err(step("inherit a descriptor"))?;
+    // SAFETY: it is open, and came from the process that started this one, which passed it for this purpose.
     let fd = unsafe { OwnedFd::from_raw_fd(number) };
-    match fcntl_getfd(&fd) {
-        Ok(_) => {}
-        Err(error) => {
-            std::mem::forget(fd); // it is nobody's: closing it later could close another's
-            return Err(step("inherit a descriptor")(error));
-        }
-    }
     fcntl_setfd(&fd, FdFlags::CLOEXEC).map_err(step("inherit a descriptor"))?;
     Ok(fd)
 }

@@ -55,6 +55,7 @@ pub enum InheritError {
 impl Inherited {
     /// Takes over what the broker passed, checking what each descriptor is. Works once a process.
     pub fn take() -> Result<Self, InheritError> {
+        #[allow(clippy::disallowed_methods)] // no setting: it names descriptors, as sd_listen_fds(3) has it
         let text = env::var(INHERITED).map_err(|_| InheritError::Absent)?;
         let mut parts = text.split(':');
         let broker = parts.next().and_then(|pid| pid.parse().ok()).ok_or(InheritError::Absent)?;

@@ -90,15 +90,16 @@ pub(crate) fn set_read_only(mount: impl AsFd, read_only: bool) -> io::Result<()>
 /// is that of include/uapi/asm-generic/socket.h.
 pub(crate) fn refuse_descriptors(socket: impl AsFd) -> io::Result<()> {
     const SO_PASSRIGHTS: c_int = 83;
+    const LENGTH: libc::socklen_t = 4;
     let off: c_int = 0;
-    // SAFETY: the kernel reads `size_of::<c_int>()` bytes of `off`, which outlives the call.
+    // SAFETY: the kernel reads the 4 bytes of `off`, which outlives the call.
     let result = unsafe {
         libc::setsockopt(
             socket.as_fd().as_raw_fd(),
             libc::SOL_SOCKET,
             SO_PASSRIGHTS,
             ptr::from_ref(&off).cast(),
-            size_of_val(&off) as libc::socklen_t,
+            LENGTH,
         )
     };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }

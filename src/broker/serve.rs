@@ -7,7 +7,7 @@ use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::ops::Bound;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -23,7 +23,7 @@ use rustix::net::{
     AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags,
     SocketType, connect, recv, sendmsg, socket_with, socketpair,
 };
-use rustix::process::{Pid, kill_process};
+use rustix::process::{Pid, kill_process, umask};
 use tracing::{error, info, warn};
 
 use super::layout::Layout;
@@ -191,9 +191,11 @@ impl Endpoint {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(socket(error)),
             _ => {}
         }
-        let listener = UnixListener::bind(path).map_err(socket)?;
+        let before = umask(Mode::RWXG | Mode::RWXO | Mode::XUSR); // 0600 from the first moment on
+        let listener = UnixListener::bind(path);
+        umask(before);
+        let listener = listener.map_err(socket)?;
         listener.set_nonblocking(true).map_err(socket)?;
-        fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(socket)?;
         let stat = fs::symlink_metadata(path).map_err(socket)?;
         Ok(Self { path: path.to_owned(), inode: (stat.dev(), stat.ino()), listener })
     }
@@ -336,7 +338,7 @@ impl Broker {
         while let Ok(Some(signal)) = self.signals.read_signal() {
             if i32::try_from(signal.ssi_signo).is_ok_and(|number| number != Signal::SIGCHLD as i32) {
                 info!("ending; the volumes stay");
-                self.stop_by.get_or_insert(Instant::now() + STOP_TIME);
+                self.stop_by.get_or_insert_with(|| Instant::now() + STOP_TIME);
                 self.registration.remove(); // the kubelet takes the driver off its list
                 self.stop_worker();
             }
