@@ -1,5 +1,7 @@
 //! The Container Storage Interface: the edge where the kubelet speaks to the worker.
 
+pub mod parse;
+
 pub mod proto {
     //! Messages and services generated from `proto/`.
 
