@@ -1,14 +1,22 @@
 //! Where secrets come from. A fetch needs a [`Grant`], which only policy can make, and gives a whole [`Payload`] or
 //! an error: never a file without its content.
 
-pub mod kubernetes;
-pub mod vault;
+mod assemble;
+pub mod codes;
+mod kubernetes;
+mod template;
+mod vault;
 
+use std::collections::BTreeMap;
+use std::fmt;
 use std::time::{Duration, SystemTime};
 
+use self::assemble::Found;
+use self::vault::read::Reading;
+use self::vault::{Connections, Order};
 use crate::config::Config;
 use crate::policy::Grant;
-use crate::request::{Code, Fault, FileName, Publish};
+use crate::request::{Code, Fault, FileName, Publish, VolumeId};
 use crate::secret::SecretBytes;
 
 /// Everything a volume will hold, complete.
@@ -64,14 +72,28 @@ impl SourceError {
     pub fn new(blame: Blame, code: Code, field: impl Into<String>, text: impl Into<String>) -> Self {
         Self { fault: Fault { code, field: field.into(), text: text.into() }, blame }
     }
+
+    /// Whether there is nothing, which an optional entry takes for an answer; 403 and other errors never say so.
+    fn is_missing(&self) -> bool {
+        [codes::MISSING_KEY, codes::NO_SECRET, codes::NOT_FOUND, codes::DELETED].contains(&self.fault.code)
+    }
 }
 
-/// Both sources, with the logins and flights they share.
-#[derive(Debug, Default)]
-pub struct Sources {}
+/// Both sources, with the logins and reads they share.
+#[derive(Default)]
+pub struct Sources {
+    vault: Connections,
+}
+
+impl fmt::Debug for Sources {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Sources").finish_non_exhaustive()
+    }
+}
 
 impl Sources {
-    /// Fetches everything `publish` asks for, within `deadline`.
+    /// Fetches everything `publish` asks for, within `deadline`. What the platform's file forbids is found before
+    /// anything is sent.
     pub async fn fetch(
         &self,
         grant: &Grant,
@@ -79,7 +101,32 @@ impl Sources {
         config: &Config,
         deadline: tokio::time::Instant,
     ) -> Result<Payload, SourceError> {
-        let _ = (grant, publish, config, deadline);
-        Ok(Payload { files: Vec::new(), origin: Origin::None })
+        let Some(files) = &publish.claim.files else {
+            let files = assemble::within(config.limits, kubernetes::whole(publish)?)?;
+            return Ok(Payload { files, origin: Origin::None });
+        };
+        assemble::check(files)?;
+        let vault = match Order::new(grant, publish, files, config)? {
+            Some(order) => self.vault.fetch(order, deadline).await?,
+            None => BTreeMap::new(),
+        };
+        let versions = vault.iter().filter_map(|((path, _), reading)| match &**reading {
+            Reading::Found(document) => Some((path.as_str().to_owned(), document.version?)),
+            Reading::Absent(_) => None,
+        });
+        let versions: Vec<_> = versions.collect();
+        let origin = if versions.is_empty() { Origin::None } else { Origin::Versions(versions) };
+        let files = assemble::files(files, &Found { publish, vault }, config.limits)?;
+        Ok(Payload { files, origin })
+    }
+
+    /// `volume` was unpublished: gives up the logins that only it used, and revokes them in the background.
+    pub fn forget(&self, volume: &VolumeId) {
+        self.vault.forget(volume);
+    }
+
+    /// The process ends: revokes what was logged in, until `deadline` at the latest.
+    pub async fn close(&self, deadline: tokio::time::Instant) {
+        self.vault.close(deadline).await;
     }
 }
