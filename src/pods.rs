@@ -209,7 +209,7 @@ enum State {
 
 /// How long a call waits for the first list: a kubelet restart publishes every volume of the node again at once, and
 /// each would ask for its pod.
-const FIRST_LIST: Duration = Duration::from_secs(2);
+const FIRST_LIST: Duration = Duration::from_secs(5);
 
 impl Cache {
     fn new() -> Arc<Self> {

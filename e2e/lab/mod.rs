@@ -3,6 +3,7 @@
 #![allow(clippy::expect_used, clippy::panic, clippy::indexing_slicing)] // a lab that cannot start fails its test
 #![allow(clippy::disallowed_methods)] // those guard the driver; the lab keeps a cache and writes no secret
 
+pub mod apiserver;
 pub mod canary;
 pub mod certificates;
 pub mod envoy;
@@ -14,6 +15,7 @@ pub mod pod;
 pub mod programs;
 pub mod replies;
 
+pub use apiserver::{ApiServer, KubeletPods};
 pub use certificates::Authority;
 pub use issuer::{Identity, Issuer};
 pub use openbao::OpenBao;

@@ -7,4 +7,5 @@
 mod lab;
 
 mod broker;
+mod pods;
 mod vault;
