@@ -29,10 +29,7 @@ impl Authority {
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         let pem = params.self_signed(&key).expect("sign").pem();
-        Self {
-            issuer: Issuer::new(params, key),
-            pem,
-        }
+        Self { issuer: Issuer::new(params, key), pem }
     }
 
     /// Its certificate, PEM.
@@ -59,10 +56,7 @@ impl Authority {
             params.not_after = date_time_ymd(2020, 2, 1);
         }
         let certificate = params.signed_by(&key, &self.issuer).expect("sign").pem();
-        Identity {
-            certificate,
-            key: key.serialize_pem(),
-        }
+        Identity { certificate, key: key.serialize_pem() }
     }
 }
 

