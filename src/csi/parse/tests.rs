@@ -359,9 +359,10 @@ fn every_fault_at_once() {
 /// Wherever something secret may stand, also by mistake, no fault shows it.
 #[test]
 fn no_fault_holds_a_value() {
+    type Change = Box<dyn Fn(&mut Request)>;
     let needle = "c4n4ry-needle";
     let encoded = STANDARD.encode(needle);
-    let mut changes: Vec<Box<dyn Fn(&mut Request)>> = vec![
+    let mut changes: Vec<Change> = vec![
         Box::new(move |r| r.volume_id = needle.into()),
         Box::new(move |r| r.target_path = format!("/{needle}")),
         Box::new(move |r| mount(r).fs_type = needle.into()),
