@@ -8,6 +8,7 @@
 mod lab;
 
 mod attacks;
+mod stage;
 mod story;
 mod table;
 
@@ -28,7 +29,9 @@ fn main() -> ExitCode {
     if !rustix::process::geteuid().is_root() {
         return with_sudo();
     }
-    // One thread: a child of the lab must not die with a worker thread that started it.
+    // Everything below one directory, which goes away even if this process is killed.
+    let scratch = lab::scratch::Scratch::new();
+    tempfile::env::override_temp_dir(scratch.path()).unwrap();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let mut screen = table::Screen::new();

@@ -1,74 +1,26 @@
 //! The demo from top to bottom: set up, publish, attack, rotate, cut off, refuse, end.
 
-use std::fs::{self, DirBuilder};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, chown, symlink};
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
+use serde_json::json;
 use tonic::Status;
 
 use crate::attacks::{self, Column, Scene, seen_on_host, shell};
 use crate::lab::canary;
-use crate::lab::envoy::{ENVOY_UID, Envoy, Upstream, carry};
-use crate::lab::kubelet::{Kubelet, PodSpec, is_mounted, write_yaml};
+use crate::lab::envoy::ENVOY_UID;
+use crate::lab::kubelet::{PodSpec, is_mounted, write_yaml};
 use crate::lab::node::{Node, Options, binary};
 use crate::lab::pod::{Bind, Container, Sandbox, User};
-use crate::lab::{Identity, Issuer, OpenBao};
+use crate::lab::{Issuer, OpenBao};
+use crate::stage::{
+    APP_UID, Canaries, Stage, VAULT_AUDIENCE, open_vault, pair, platform_file, pod, service_account, start_app,
+    start_envoy, volumes, with_token,
+};
 use crate::table::{Cell, Got, Screen};
-
-const APP_UID: u32 = 1000;
-const NODE: &str = "node-a";
-/// The audience of the connection, which no other token of the pod has.
-const VAULT_AUDIENCE: &str = "vault-prod";
-/// The audience of the token every container of a pod holds.
-const DEFAULT_AUDIENCE: &str = "https://kubernetes.default.svc";
-const TOKEN_DIR: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
-
-/// The application: opens the current generation, reads both files of it, and says when a pair is new, mixed or not
-/// whole. `cd -P` pins one generation; if that one goes away meanwhile the application opens the next, once.
-const APP: &str = r#"
-# The values end without a newline: read says 1 then, but has them.
-line() { value=; read -r value < "$1" || [ -n "$value" ]; }
-pair() { cd -P /etc/creds/..data && line username && user=$value && line password && word=$value; }
-seen= reads=0
-while :; do
-    turn=0
-    while [ $turn -lt 25 ]; do
-        if pair 2> /dev/null || pair 2> /dev/null; then
-            now="${user%%-*} ${word%%-*}"
-            reads=$((reads + 1))
-        else
-            now=missing
-        fi
-        if [ "$now" != "$seen" ]; then seen=$now; echo "set $now"; fi
-        turn=$((turn + 1))
-    done
-    echo "reads $reads"
-    sleep 0.02
-done
-"#;
-
-/// Everything that runs. Dropped in this order: containers before the network they share, the node last.
-struct Stage {
-    app: Container,
-    envoy: Envoy,
-    sandbox: Sandbox,
-    bao: OpenBao,
-    kubelet: Kubelet,
-    node: Node,
-}
-
-/// What must not be found anywhere but in the application's files.
-struct Canaries {
-    usual: String,
-    secret: String,
-    first: String,
-    second: String,
-    api_key: String,
-    token: String,
-}
 
 /// Runs the whole demo.
 pub(crate) async fn run(screen: &mut Screen) {
@@ -91,12 +43,16 @@ pub(crate) async fn run(screen: &mut Screen) {
     screen.say(&format!("OpenBao serves TLS on {} and writes an audit log.", bao.address()));
     let (node, kubelet) = Node::start(Options::new(&platform_file(&bao)).file("ca.pem", bao.ca_pem())).await;
     let worker = node.worker().unwrap();
-    screen.say(&format!(
-        "sealmount node: broker {} (root, no network), worker {worker} (UID {}, capabilities {}).",
-        node.broker(),
-        status_field(worker, "Uid"),
-        status_field(worker, "CapEff"),
-    ));
+    let facts = ["Uid", "CapEff", "NoNewPrivs", "Seccomp"].map(|field| status_field(worker, field));
+    screen.check(
+        facts[0].parse::<u32>().unwrap() > i32::MAX as u32 && facts[1..] == ["0000000000000000", "1", "2"],
+        &format!(
+            "sealmount node: broker {} (root); worker {worker} (UID {}, capabilities {}, no new privileges, seccomp)",
+            node.broker(),
+            facts[0],
+            facts[1],
+        ),
+    );
     screen.say("This program plays the kubelet: it found the registration socket and registered csi.sealmount.io.");
     screen.say("The volume, as the application's team writes it:");
     let mut yaml = String::new();
@@ -113,12 +69,7 @@ pub(crate) async fn run(screen: &mut Screen) {
     let target = kubelet.target(&pod, "creds");
 
     let sandbox = Sandbox::new();
-    let tokens = sandbox.dir().join("token");
-    fs::create_dir(&tokens).unwrap();
-    fs::write(tokens.join("token"), &default_token).unwrap();
-    for (path, mode) in [(tokens.clone(), 0o755), (tokens.join("token"), 0o644)] {
-        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
-    }
+    let tokens = service_account(&sandbox, &default_token);
     let app = start_app(&sandbox, &columns, &tokens);
     let envoy = start_envoy(&sandbox, &columns, &tokens, &bao, &node).await;
     let mut stage = Stage { app, envoy, sandbox, bao, kubelet, node };
@@ -132,7 +83,7 @@ pub(crate) async fn run(screen: &mut Screen) {
          The other rows are tried by a shell of UID 1337 with the view the line above them names.",
     );
     let refusals = misbuilt(&stage, &pod, &columns).await;
-    let sockets = [stage.node.csi_socket(), registration_socket(&stage.kubelet).await];
+    let sockets = [stage.node.csi_socket(), stage.kubelet.registration_socket(Duration::from_secs(2)).await.unwrap()];
     let cells = refusals.each_ref().map(|(label, cells, _)| (*label, cells.clone()));
     let scene = Scene {
         envoy: &stage.envoy,
@@ -167,147 +118,6 @@ pub(crate) async fn run(screen: &mut Screen) {
 fn random(label: &str) -> String {
     let uuid = fs::read_to_string("/proc/sys/kernel/random/uuid").unwrap();
     format!("{label}{}", uuid.trim().replace('-', ""))
-}
-
-/// The pod of the demo: `app` mounts all three volumes, `envoy` only the one of the usual way.
-fn pod(name: &str) -> PodSpec {
-    let mount = |name: &str, path: &str| json!({"name": name, "mountPath": path, "readOnly": true});
-    PodSpec::new(name, NODE)
-        .attribute("vault", "prod")
-        .attribute(
-            "files",
-            "username: secret/data/payments/db#username\npassword: secret/data/payments/db#password\napi-key: \"#api-key\"\n",
-        )
-        .attribute("refresh", "1s")
-        .set("/spec/volumes/1", json!({"name": "usual", "emptyDir": {"medium": "Memory"}}))
-        .set("/spec/volumes/2", json!({"name": "native", "secret": {"secretName": "native"}}))
-        .set("/spec/containers/0/volumeMounts/1", mount("usual", "/vault/secrets"))
-        .set("/spec/containers/0/volumeMounts/2", mount("native", "/etc/native"))
-        .set("/spec/containers/1/volumeMounts", json!([mount("usual", "/vault/secrets")]))
-}
-
-fn identity(pod: &PodSpec) -> Identity {
-    Identity {
-        namespace: pod.namespace().into(),
-        pod: pod.name().into(),
-        pod_uid: pod.uid().into(),
-        service_account: pod.service_account().into(),
-        service_account_uid: "5d1c6a52-9a0e-4c7b-8f52-8f4c1d0f3a11".into(),
-    }
-}
-
-fn with_token(pod: PodSpec, jwt: &str) -> PodSpec {
-    pod.token(VAULT_AUDIENCE, jwt, SystemTime::now() + Duration::from_secs(3600))
-}
-
-/// Secrets, a policy and two roles: `payments` wants the connection's own audience, `usual` takes the token that lies
-/// in every container. Gives the pod's tokens for both.
-async fn open_vault(bao: &OpenBao, issuer: &Issuer, pod: &PodSpec, canaries: &Canaries) -> (String, String) {
-    let who = identity(pod);
-    bao.mount_kv().await;
-    bao.write_kv2("secret", "payments/db", &pair(1, &canaries.first)).await;
-    bao.write_kv2("secret", "payments/usual", &pair(1, &canaries.usual)).await;
-    bao.policy("payments", &["secret/data/payments/*"]).await;
-    bao.jwt_auth("jwt", issuer).await;
-    for (role, audience) in [("payments", VAULT_AUDIENCE), ("usual", DEFAULT_AUDIENCE)] {
-        bao.jwt_role("jwt", role, &who, audience, &["payments"], &json!({})).await;
-    }
-    (issuer.token(&who, VAULT_AUDIENCE), issuer.token(&who, DEFAULT_AUDIENCE))
-}
-
-/// Both values carry the number of their set, so that a mixed pair shows.
-fn pair(set: u32, canary: &str) -> Value {
-    json!({"username": format!("{set}-payments"), "password": format!("{set}-{canary}")})
-}
-
-/// The platform team's file.
-fn platform_file(bao: &OpenBao) -> String {
-    format!(
-        r#"version: 1
-connections:
-  prod:
-    default: true
-    address: {}
-    ca_file: ca.pem
-    auth: {{method: jwt, mount: jwt, audience: {VAULT_AUDIENCE}, role: payments}}
-    allow:
-    - namespaces: [payments]
-      service_accounts: [payments]
-      roles: [payments]
-      paths: ["secret/data/{{{{ pod.namespace }}}}/*"]
-      methods: [read]
-    refresh: {{default: 1s, min: 1s, max: 1h}}
-stale_after: 2s
-"#,
-        bao.address()
-    )
-}
-
-/// The volumes of the two other columns, filled, and where all three are.
-async fn volumes(
-    node: &Node,
-    kubelet: &Kubelet,
-    pod: &PodSpec,
-    bao: &OpenBao,
-    default_token: &str,
-    canaries: &Canaries,
-) -> [Column; 3] {
-    let below = node.kubelet_dir().join(format!("pods/{}/volumes", pod.uid()));
-    let tmpfs = |kind: &str, name: &str, options: &str| {
-        let dir = below.join(kind).join(name);
-        DirBuilder::new().recursive(true).mode(0o750).create(&dir).unwrap();
-        let status = Command::new("mount").args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(&dir).status().unwrap();
-        assert!(status.success(), "cannot mount a tmpfs at {}", dir.display());
-        dir
-    };
-
-    // The usual way: an agent logs in with the token of its container and writes into a volume both containers mount.
-    let usual = tmpfs("kubernetes.io~empty-dir", "usual", "mode=0777,size=1m");
-    let login = json!({"role": "usual", "jwt": default_token});
-    let (_, reply) = bao.call("", "POST", "auth/jwt/login", &login).await.unwrap();
-    let token = reply["auth"]["client_token"].as_str().unwrap();
-    let (_, reply) = bao.call(token, "GET", "secret/data/payments/usual", &Value::Null).await.unwrap();
-    write(&usual.join("password"), reply["data"]["data"]["password"].as_str().unwrap(), 0o644);
-    chown(usual.join("password"), Some(100), Some(1000)).unwrap();
-
-    // A Secret volume, as the kubelet's atomic writer lays it out.
-    let native = tmpfs("kubernetes.io~secret", "native", "mode=1777,size=1m");
-    let generation = native.join("..2026_01_01_00_00_00.1");
-    DirBuilder::new().mode(0o755).create(&generation).unwrap();
-    fs::set_permissions(&generation, fs::Permissions::from_mode(0o755)).unwrap();
-    write(&generation.join("password"), &canaries.secret, 0o644);
-    symlink("..2026_01_01_00_00_00.1", native.join("..data")).unwrap();
-    symlink("..data/password", native.join("password")).unwrap();
-
-    [
-        Column { dir: "/vault/secrets", host: usual, canary: canaries.usual.clone() },
-        Column { dir: "/etc/native", host: native, canary: canaries.secret.clone() },
-        Column { dir: "/etc/creds", host: kubelet.target(pod, "creds"), canary: canaries.first.clone() },
-    ]
-}
-
-fn write(path: &Path, text: &str, mode: u32) {
-    fs::write(path, text).unwrap();
-    fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
-}
-
-fn start_app(sandbox: &Sandbox, columns: &[Column; 3], tokens: &Path) -> Container {
-    let mut binds: Vec<Bind> = columns.iter().map(|column| Bind::ro(&column.host, column.dir)).collect();
-    binds.push(Bind::ro(tokens, TOKEN_DIR));
-    sandbox.run("app", User::new(APP_UID), &binds, &["sh", "-c", APP])
-}
-
-async fn start_envoy(sandbox: &Sandbox, columns: &[Column; 3], tokens: &Path, bao: &OpenBao, node: &Node) -> Envoy {
-    let road = sandbox.dir().join("openbao.sock");
-    carry(&road, bao.port());
-    let binds =
-        [Bind::ro(&columns[0].host, columns[0].dir), Bind::ro(tokens, TOKEN_DIR), Bind::ro(&road, "/openbao.sock")];
-    let csi = node.csi_socket();
-    let upstreams = [
-        Upstream { name: "openbao", socket: "/openbao.sock", ca_pem: Some(bao.ca_pem()) },
-        Upstream { name: "driver", socket: csi.to_str().unwrap(), ca_pem: None },
-    ];
-    Envoy::start(sandbox, &binds, &upstreams).await
 }
 
 /// A field of /proc/PID/status.
@@ -371,10 +181,6 @@ fn walk(root: &Path, path: &Path, tree: &mut Vec<Entry>) {
         below.sort();
         below.iter().for_each(|it| walk(root, it, tree));
     }
-}
-
-async fn registration_socket(kubelet: &Kubelet) -> PathBuf {
-    kubelet.registration_socket(Duration::from_secs(2)).await.unwrap()
 }
 
 /// A pod that an attacker could use: what it shows, the row of the table, and the driver's refusal.

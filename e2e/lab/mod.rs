@@ -14,6 +14,7 @@ pub mod openbao;
 pub mod pod;
 pub mod programs;
 pub mod replies;
+pub mod scratch;
 
 pub use apiserver::{ApiServer, KubeletPods};
 pub use certificates::Authority;

@@ -1,29 +1,18 @@
 //! Starts the real `sealmount node` on temporary paths, and leaves nothing of it behind.
 
-use std::fs::{self, DirBuilder, File, Permissions};
+use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::net::TcpListener;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::kubelet::Kubelet;
-
-/// Ends the node, unmounts what stands below its directory (the last mounted first) and removes the directory. It
-/// runs when the pipe on its input closes, so also when this process is killed. A mount that does not go away would
-/// make `rm` cross into it; `--one-file-system` does not let it.
-const CLEANER: &str = r#"
-cat > /dev/null
-for pid in $(cat "$1/pids"); do kill -KILL "$pid" 2> /dev/null; done
-cut -d' ' -f5 /proc/self/mountinfo | tac | while read -r path; do
-    case "$path" in "$1"/*) umount -l "$path" ;; esac
-done
-rm -rf --one-file-system "$1"
-"#;
+use super::scratch::Scratch;
 
 /// How a node is started.
 #[derive(Clone)]
@@ -59,12 +48,10 @@ impl Options {
 
 /// A running node with directories of its own. Dropping it ends it and removes all of them.
 pub struct Node {
-    dir: PathBuf,
     options: Options,
     metrics: u16,
     broker: Option<Child>,
-    cleaner: Child,
-    life: Option<ChildStdin>,
+    scratch: Scratch,
 }
 
 impl Node {
@@ -80,9 +67,7 @@ impl Node {
 
     /// Starts a node without waiting for anything.
     pub fn spawn(options: Options) -> Self {
-        let dir = tempfile::Builder::new().prefix("sealmount-").tempdir().unwrap().keep();
-        // The worker's UID must reach the platform's file and the manifests; tempfile makes 0700.
-        fs::set_permissions(&dir, Permissions::from_mode(0o755)).unwrap();
+        let scratch = Scratch::new();
         for (name, mode) in [
             ("config", 0o755),
             ("manifests", 0o755),
@@ -92,19 +77,10 @@ impl Node {
             ("kubelet/plugins/csi.sealmount.io", 0o750),
             ("kubelet/plugins_registry", 0o750),
         ] {
-            DirBuilder::new().mode(mode).create(dir.join(name)).unwrap();
+            DirBuilder::new().mode(mode).create(scratch.path().join(name)).unwrap();
         }
-        File::create(dir.join("pids")).unwrap();
-        let mut cleaner = Command::new("sh")
-            .args(["-c", CLEANER, "sh"])
-            .arg(&dir)
-            .stdin(Stdio::piped())
-            .process_group(0) // Ctrl-C is for us; the pipe tells the cleaner
-            .spawn()
-            .unwrap();
-        let life = cleaner.stdin.take();
         let metrics = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let mut node = Self { dir, options, metrics, broker: None, cleaner, life };
+        let mut node = Self { options, metrics, broker: None, scratch };
         node.write_config(&node.options.config.clone());
         for (name, text) in &node.options.files {
             fs::write(node.config_dir().join(name), text).unwrap();
@@ -117,7 +93,7 @@ impl Node {
     pub fn launch(&mut self) {
         assert!(self.broker.is_none(), "the node is still running");
         let log = File::options().create(true).append(true).open(self.log_file()).unwrap();
-        let path = |name: &str| self.dir.join(name).into_os_string();
+        let path = |name: &str| self.dir().join(name).into_os_string();
         let broker = Command::new(binary())
             .arg("node")
             .arg("--config")
@@ -139,13 +115,13 @@ impl Node {
             .process_group(0)
             .spawn()
             .unwrap_or_else(|error| panic!("{}: {error}", binary().display()));
-        fs::write(self.dir.join("pids"), broker.id().to_string()).unwrap();
+        self.scratch.set_process(Some(broker.id()));
         self.broker = Some(broker);
     }
 
     /// The directory of everything below.
     pub fn dir(&self) -> &Path {
-        &self.dir
+        self.scratch.path()
     }
 
     /// A kubelet for this node, which knows of no driver yet.
@@ -155,7 +131,7 @@ impl Node {
 
     /// The directory of the platform's file.
     pub fn config_dir(&self) -> PathBuf {
-        self.dir.join("config")
+        self.dir().join("config")
     }
 
     /// The platform's file.
@@ -172,22 +148,22 @@ impl Node {
 
     /// `--pods-from manifest:`.
     pub fn manifests(&self) -> PathBuf {
-        self.dir.join("manifests")
+        self.dir().join("manifests")
     }
 
     /// `--kubelet-dir`.
     pub fn kubelet_dir(&self) -> PathBuf {
-        self.dir.join("kubelet")
+        self.dir().join("kubelet")
     }
 
     /// `--csi-socket`.
     pub fn csi_socket(&self) -> PathBuf {
-        self.dir.join("kubelet/plugins/csi.sealmount.io/csi.sock")
+        self.dir().join("kubelet/plugins/csi.sealmount.io/csi.sock")
     }
 
     /// `--registration-dir`.
     pub fn registration_dir(&self) -> PathBuf {
-        self.dir.join("kubelet/plugins_registry")
+        self.dir().join("kubelet/plugins_registry")
     }
 
     /// `--listen`.
@@ -197,7 +173,7 @@ impl Node {
 
     /// Where standard error goes.
     pub fn log_file(&self) -> PathBuf {
-        self.dir.join("node.log")
+        self.dir().join("node.log")
     }
 
     /// What it wrote to standard error so far, over all its starts.
@@ -230,8 +206,7 @@ impl Node {
             match self.broker.as_mut()?.try_wait().unwrap() {
                 Some(status) => {
                     self.broker = None;
-                    // The number is free for another process now.
-                    fs::write(self.dir.join("pids"), "").unwrap();
+                    self.scratch.set_process(None);
                     return Some(status);
                 }
                 None if Instant::now() > end => return None,
@@ -260,7 +235,7 @@ impl Node {
 
     /// The mounts below the node's directory, in the order they were made.
     pub fn mounts(&self) -> Vec<PathBuf> {
-        mounts_below(&self.dir)
+        mounts_below(self.dir())
     }
 }
 
@@ -274,10 +249,11 @@ impl Drop for Node {
         if std::thread::panicking() {
             eprintln!("--- log of the node:\n{}", self.log());
         }
-        drop(self.life.take());
-        let _ = self.cleaner.wait();
+        // What did not end politely is killed here, so that it is waited for.
         if let Some(mut broker) = self.broker.take() {
+            let _ = broker.kill();
             let _ = broker.wait();
+            self.scratch.set_process(None);
         }
     }
 }
