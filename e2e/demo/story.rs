@@ -64,8 +64,12 @@ pub(crate) async fn run(screen: &mut Screen) {
     let before = Instant::now();
     let published = kubelet.publish(&pod, "creds").await;
     let took = before.elapsed();
-    let why = published.as_ref().err().map_or_else(String::new, |status| format!(": {status:?}"));
-    screen.check(published.is_ok(), &format!("published in {} ms{why}", took.as_millis()));
+    screen.check(published.is_ok(), &format!("published in {} ms{}", took.as_millis(), why(&published)));
+    if published.is_err() {
+        screen.say("Nothing more can be shown. The node's log:");
+        screen.show(&node.log());
+        return;
+    }
     let target = kubelet.target(&pod, "creds");
 
     let sandbox = Sandbox::new();
@@ -113,6 +117,11 @@ pub(crate) async fn run(screen: &mut Screen) {
 
     screen.title("The end: the pod goes, OpenBao is still away");
     end(screen, stage, &pod, &canaries).await;
+}
+
+/// What a call answered if not OK, to stand behind a sentence.
+fn why(outcome: &Result<(), Status>) -> String {
+    outcome.as_ref().err().map_or_else(String::new, |status| format!(": {:?}: {}", status.code(), status.message()))
 }
 
 fn random(label: &str) -> String {
@@ -270,7 +279,7 @@ async fn rotate(screen: &mut Screen, stage: &Stage, pod: &PodSpec, canaries: &Ca
     let log = stage.app.log();
     let sets: Vec<&str> = log.lines().filter(|line| line.starts_with("set")).collect();
     let reads = log.lines().rev().find_map(|line| line.strip_prefix("reads ")).unwrap_or("0").to_owned();
-    screen.check(every.is_ok(), "every republish answered OK");
+    screen.check(every.is_ok(), &format!("every republish answered OK{}", why(&every)));
     screen.check(
         sets.last() == Some(&"set 2 2"),
         &format!("the app read the new set after {:.1} s, without a restart", took.as_secs_f32()),
@@ -293,7 +302,7 @@ async fn outage(screen: &mut Screen, stage: &mut Stage, pod: &PodSpec, canaries:
         let out = out.unwrap();
         report = String::from_utf8_lossy(&if out.status.success() { out.stdout } else { out.stderr }).into_owned();
     }
-    screen.check(every.is_ok(), "every republish answered OK");
+    screen.check(every.is_ok(), &format!("every republish answered OK{}", why(&every)));
     let read = stage.app.exec(User::new(APP_UID), &["cat", "/etc/creds/password", "/etc/creds/api-key"]).unwrap();
     let counts = canary::in_bytes(&read.out, &[canaries.second.as_bytes(), canaries.api_key.as_bytes()]);
     screen.check(counts == [1, 1], "the content stays: the app reads the same files");
@@ -310,8 +319,7 @@ async fn end(screen: &mut Screen, stage: Stage, pod: &PodSpec, canaries: &Canari
     app.stop();
     drop(envoy);
     let unpublished = kubelet.unpublish(pod, "creds").await;
-    let why = unpublished.as_ref().err().map_or_else(String::new, |status| format!(": {status:?}"));
-    screen.check(unpublished.is_ok(), &format!("unpublished without OpenBao{why}"));
+    screen.check(unpublished.is_ok(), &format!("unpublished without OpenBao{}", why(&unpublished)));
     let ours = node.kubelet_dir().join(format!("pods/{}/volumes/kubernetes.io~csi", pod.uid()));
     let mounts = node.mounts().into_iter().filter(|path| path.starts_with(&ours)).count();
     screen
