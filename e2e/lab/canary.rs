@@ -117,3 +117,51 @@ fn hits<'h>(bytes: &'h [u8], needle: &'h [u8]) -> impl Iterator<Item = usize> + 
         }
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_needle_is_counted_once_wherever_a_chunk_ends() {
+        let bytes = b"..canary-1..canary-2canary-1..";
+        for first in 0..bytes.len() {
+            for second in first..bytes.len() {
+                let mut counts = vec![0; 3];
+                let needles: [&[u8]; 3] = [b"canary-1", b"canary-2", b"canary-3"];
+                let mut scan = Scan::new(&needles);
+                for chunk in [&bytes[..first], &bytes[first..second], &bytes[second..]] {
+                    scan.feed(chunk, &mut counts);
+                }
+                assert_eq!(counts, [2, 1, 0], "chunks end at {first} and {second}");
+            }
+        }
+    }
+
+    #[test]
+    fn memory_and_files_are_searched() {
+        // Put together at run time, so that this program's own text does not hold it.
+        let needle: Vec<u8> = (0..32_u8).map(|byte| byte.wrapping_mul(37) ^ 0x5a).collect();
+        let mut child = std::process::Command::new("cat")
+            .env("NEEDLE", needle.iter().map(|byte| format!("{byte:02x}")).collect::<String>())
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let hex: String = needle.iter().map(|byte| format!("{byte:02x}")).collect();
+        let mut counts = Vec::new();
+        for _ in 0..200 {
+            counts = in_memory(child.id(), &[hex.as_bytes(), b"\0no such bytes\0"]).unwrap();
+            if counts[0] > 0 {
+                break;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(10)); // before its exec it is a copy of this process
+        }
+        drop(child.stdin.take());
+        child.wait().unwrap();
+        assert!(counts[0] > 0 && counts[1] == 0, "{counts:?}");
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("below")).unwrap();
+        fs::write(dir.path().join("below/file"), &needle).unwrap();
+        assert_eq!(in_files(dir.path(), &[&needle, b"absent"]).unwrap(), [1, 0]);
+    }
+}

@@ -519,3 +519,20 @@ fn hex(bytes: &[u8]) -> String {
 pub fn inode(path: &Path) -> Option<u64> {
     fs::symlink_metadata(path).ok().map(|it| it.ino())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_manifest_is_read_back_as_it_was() {
+        let pod = PodSpec::new("web-0", "8080")
+            .attribute("files", "a: x/y#z\nb:\n  from: \"#k\"\n\n")
+            .attribute("odd", " two\nlines, the first indented\n")
+            .set("/metadata/labels/app~1name", json!("on"))
+            .set("/metadata/annotations", json!({"empty": "", "number": "0123", "tab": "a\tb\nc\n", "list": [[], {}]}))
+            .set("/spec/hostPID", json!(true));
+        let read: Value = serde_saphyr::from_str(&pod.yaml()).unwrap();
+        assert_eq!(read, pod.manifest, "{}", pod.yaml());
+    }
+}
