@@ -189,10 +189,12 @@ mod tests {
     #[test]
     fn own_targets_print_up_to_the_level() {
         let printed = traced(Level::INFO, |level| {
+            // One call site: it remembers whether it is enabled.
+            let debug = |count| tracing::debug!(target: "sealmount::x", count, "second");
             tracing::info!(target: "sealmount", "first");
-            tracing::debug!(target: "sealmount::x", "hidden");
+            debug(2);
             store(level, Level::DEBUG);
-            tracing::debug!(target: "sealmount::x", count = 3, "second");
+            debug(3);
             store(level, Level::WARN);
             tracing::info!(target: "sealmount::x", "hidden");
         });

@@ -15,7 +15,7 @@ use http::{Method, Request, Response, StatusCode, header};
 use hyper::body::{Body, Bytes};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder};
 use prometheus_client::metrics::counter::Counter;
@@ -223,12 +223,9 @@ struct Bounds {
     connections: usize,
     /// The longest a connection may take from its accept to its end.
     connection_time: Duration,
-    /// The longest the header of a request may take to arrive.
-    header_time: Duration,
 }
 
-const BOUNDS: Bounds =
-    Bounds { connections: 8, connection_time: Duration::from_secs(10), header_time: Duration::from_secs(5) };
+const BOUNDS: Bounds = Bounds { connections: 8, connection_time: Duration::from_secs(10) };
 /// The longest header of a request, in bytes: the least the server takes.
 const HEADER_BYTES: usize = 8192;
 
@@ -265,8 +262,6 @@ async fn serve_within(bounds: Bounds, listener: TcpListener, metrics: Metrics, s
             let _place = place;
             let answer = service_fn(|request| std::future::ready(Ok::<_, Infallible>(answer(&request, &metrics))));
             let connection = http1::Builder::new()
-                .timer(TokioTimer::new())
-                .header_read_timeout(bounds.header_time)
                 .max_buf_size(HEADER_BYTES)
                 .keep_alive(false)
                 .serve_connection(TokioIo::new(stream), answer);
@@ -425,7 +420,7 @@ mod tests {
     async fn a_silent_client_holds_no_place() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let bounds = Bounds { connections: 2, header_time: Duration::from_millis(50), ..BOUNDS };
+        let bounds = Bounds { connections: 2, connection_time: Duration::from_secs(1) };
         let server = tokio::spawn(serve_within(bounds, listener, Metrics::new(), std::future::pending()));
         let mut silent = Vec::new();
         for _ in 0..bounds.connections {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use base64::Engine;
 use prost::Message;
 use sealmount::events::Events;
 use sealmount::metrics::Metrics;
@@ -15,7 +16,7 @@ use tempfile::TempDir;
 use tonic::Status;
 
 use crate::lab::apiserver::{POD_JSON, POD_PROTOBUF, status};
-use crate::lab::{ApiServer, KubeletPods};
+use crate::lab::{ApiServer, Authority, KubeletPods, Reply, Server};
 
 const UID: &str = "0b0c3c4e-1d6a-4a58-9b8e-4f8a6f1c2d3e";
 const OTHER: &str = "1b0c3c4e-1d6a-4a58-9b8e-4f8a6f1c2d3e";
@@ -272,6 +273,43 @@ async fn api_a_kubeconfig_is_taken() {
     let pods = Pods::start(&PodsFrom::Api, "node-1", client, no_kubelet()).await.unwrap();
     pods.get(&who()).await.unwrap();
     assert!(api::client(Some(&directory.path().join("none"))).await.is_err());
+}
+
+#[tokio::test]
+async fn api_the_server_must_prove_itself() {
+    let (authority, stranger) = (Authority::new(), Authority::new());
+    let server = Server::start(&authority.server(), |seen| match seen.path.contains("/namespaces/") {
+        true => Reply::text(200, POD_JSON),
+        false => Reply::json(500, &status(500, "InternalError", "no lists here")),
+    });
+    for (ca, skip, trusted) in [(&authority, false, true), (&stranger, false, false), (&stranger, true, false)] {
+        let ca = base64::engine::general_purpose::STANDARD.encode(ca.pem());
+        let cluster = match skip {
+            true => json!({"server": server.address(), "insecure-skip-tls-verify": true}),
+            false => json!({"server": server.address(), "certificate-authority-data": ca}),
+        };
+        let text = json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "lab",
+            "clusters": [{"name": "lab", "cluster": cluster}],
+            "users": [{"name": "lab", "user": {"token": "t0ken"}}],
+            "contexts": [{"name": "lab", "context": {"cluster": "lab", "user": "lab"}}],
+        });
+        let directory = TempDir::new().unwrap();
+        let path = directory.path().join("kubeconfig");
+        std::fs::write(&path, text.to_string()).unwrap();
+        let client = api::client(Some(&path)).await.unwrap();
+        let pods = Pods::start(&PodsFrom::Api, "node-1", client, no_kubelet()).await.unwrap();
+        let seen = server.seen().len();
+        match (pods.get(&who()).await, trusted) {
+            (Ok(facts), true) => assert_eq!(facts.pod, who()),
+            (Err(PodsError::Away(text)), false) => {
+                assert!(text.contains("certificate") && !text.contains("t0ken"), "{text}");
+                assert_eq!(server.seen().len(), seen, "a request, and its token, went to a stranger");
+            }
+            (answer, _) => panic!("{answer:?} with {text}"),
+        }
+    }
+    assert!(server.seen().iter().all(|seen| seen.header("authorization") == Some("Bearer t0ken")));
 }
 
 struct Kubelet {
