@@ -2,6 +2,8 @@
 #![allow(unsafe_code)]
 
 use std::ffi::c_int;
+use std::fs::File;
+use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::{io, ptr};
 
@@ -140,7 +142,9 @@ pub(crate) struct MountLine {
 
 /// Every mount whose mount point starts with `below`, as the kernel lists them: touches none of them.
 pub(crate) fn mounts(below: &str) -> io::Result<Vec<MountLine>> {
-    Ok(parse_mountinfo(&std::fs::read("/proc/self/mountinfo")?, below))
+    let mut text = Vec::with_capacity(64 * 1024); // each read renders a part anew
+    File::open("/proc/self/mountinfo")?.read_to_end(&mut text)?;
+    Ok(parse_mountinfo(&text, below))
 }
 
 fn parse_mountinfo(text: &[u8], below: &str) -> Vec<MountLine> {

@@ -126,7 +126,7 @@ impl Kubelet {
         let parent = match openat2(&self.root, format!("pods/{below}"), path, Mode::empty(), INSIDE) {
             Ok(parent) => parent,
             Err(Errno::NOENT) if line.is_none() => return Ok(Place::Unprepared),
-            Err(Errno::LOOP) => return foreign("a symbolic link in its path"),
+            Err(Errno::LOOP | Errno::NOTDIR) => return foreign("a symbolic link in its path"),
             Err(error) => return Err(at("open the volume's directory")(error)),
         };
         let Some(line) = line else { return Ok(Place::Bare(parent)) };
