@@ -250,7 +250,7 @@ fn field(entry: &Entry) -> String {
         Target::Directory(Some(name)) => format!("{}/", shown(name.as_str())),
         Target::Directory(None) => "./".to_owned(),
     };
-    format!("volumeAttributes.files[{name}]")
+    format!("volumeAttributes.files[\"{name}\"]")
 }
 
 /// A name short enough for a message, without what would break its line. Names of keys are no secrets.

@@ -112,8 +112,7 @@ impl Connections {
         deadline: Instant,
     ) -> Result<BTreeMap<Place, Arc<Reading>>, SourceError> {
         let room = self.room(order.connection)?;
-        let now = Instant::now();
-        let deadline = deadline.min(now + client::MAX_RETRYING);
+        let deadline = deadline.min(Instant::now() + client::MAX_RETRYING);
         let slot = order.key.as_ref().map(|key| room.logins.slot(key, &order.volume));
         // A slot of this fetch alone is dropped with it, and its login revoked.
         let slot = slot.unwrap_or_else(|| Arc::new(Slot::new()));
@@ -123,8 +122,7 @@ impl Connections {
             let (reader, key) = (Arc::clone(&reader), order.key.clone());
             async move {
                 let reading = match key {
-                    // Others may wait for it too: it does not end with this call's time.
-                    Some(key) => reader.share(key, place.clone(), now + client::MAX_RETRYING).await?,
+                    Some(key) => reader.share(key, place.clone(), deadline).await?,
                     None => reader.read(&place, deadline).await?,
                 };
                 Ok((place, reading))

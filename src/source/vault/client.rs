@@ -24,6 +24,7 @@ use tower::{Service, ServiceExt};
 use vaultrs::api::EndpointMiddleware;
 
 use crate::config::Connection;
+use crate::source::assemble::shown;
 use crate::source::{Blame, SourceError, codes};
 
 /// The longest time of retrying in one call: the kubelet gives 120 s to all of it.
@@ -182,7 +183,7 @@ impl Client {
                 (Blame::Platform, codes::REPLY_TOO_LARGE, "max_reply", text)
             }
             Failure::Redirected(to) => {
-                let text = format!("connection \"{name}\" redirects to {to}, which is not listed");
+                let text = format!("connection \"{name}\" redirects to {to}");
                 (Blame::Platform, codes::REDIRECTED, "redirect_to", text)
             }
             Failure::Unsendable => (
@@ -367,7 +368,7 @@ impl Wire {
                     .origins
                     .iter()
                     .find(|origin| origin.address == to)
-                    .ok_or_else(|| Failure::Redirected(to.chars().take(80).collect()))?;
+                    .ok_or_else(|| Failure::Redirected(format!("{}, which is not listed", shown(&to))))?;
             }
             if location.path_and_query() != Some(&path) {
                 return Err(Failure::Redirected("another path".into()));
@@ -513,7 +514,10 @@ fn distrust(error: &rustls::Error) -> &'static str {
     use rustls::CertificateError as Certificate;
     match error {
         rustls::Error::InvalidCertificate(why) => match why {
-            Certificate::UnknownIssuer => "its certificate was signed by another CA than ca_file's",
+            // A CA made anew under its old name shows as a bad signature.
+            Certificate::UnknownIssuer | Certificate::BadSignature => {
+                "its certificate was signed by another CA than ca_file's"
+            }
             Certificate::Expired | Certificate::ExpiredContext { .. } => {
                 "its certificate has expired (ca_file is not at fault)"
             }
