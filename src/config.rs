@@ -1,14 +1,19 @@
 //! The platform team's file: connections, rules, limits (surface 2). Parsed strictly as a whole; all faults at once.
 
 pub mod expand;
+mod read;
 
 use std::collections::BTreeMap;
+use std::fmt;
+use std::path::Path;
 use std::time::Duration;
 
 use crate::policy::Rules;
 use crate::request::files::VaultPath;
+use crate::request::yaml::Place;
 use crate::request::{Claim, Code, Fault, PodRef, Publish, Refresh, Token, nearest, shown};
 use expand::{Expand, NamePattern, PathPattern};
+pub use read::FIELDS;
 
 /// `vault` names no connection of the platform file.
 pub const UNKNOWN_CONNECTION: Code = Code("SM201");
@@ -24,6 +29,34 @@ pub const REFRESH_BOUNDS: Code = Code("SM205");
 pub const NOT_EXPANDABLE: Code = Code("SM206");
 /// The kubelet brought no token for the connection's audience.
 pub const NO_TOKEN: Code = Code("SM207");
+
+/// One thing that is wrong with the platform file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConfigFault {
+    /// Where; `None` if the file could not be read at all.
+    pub place: Option<Place>,
+    /// The field: `connections.prod.address`. Empty if the text is no YAML.
+    pub field: String,
+    /// What is wrong and what to write instead.
+    pub text: String,
+}
+
+impl fmt::Display for ConfigFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(place) = self.place {
+            write!(f, "{place}: ")?;
+        }
+        if !self.field.is_empty() {
+            write!(f, "{}: ", self.field)?;
+        }
+        f.write_str(&self.text)
+    }
+}
+
+/// Reads the platform file and the files it names. On `Err` every fault is there, in the order of the file.
+pub fn load(path: &Path) -> Result<Config, Vec<ConfigFault>> {
+    read::file(path)
+}
 
 /// The whole file, valid. The default is what holds without a file: no connection, so Kubernetes Secrets only.
 #[derive(Debug, Clone)]
@@ -172,7 +205,7 @@ pub struct Requests {
 }
 
 fn attribute(code: Code, name: &str, text: String) -> Fault {
-    Fault { code, field: format!("volumeAttributes.{name}"), text }
+    Fault { code, field: format!("spec.volumes[].csi.volumeAttributes.{name}"), text }
 }
 
 impl Config {
@@ -267,3 +300,6 @@ fn shown_path(path: &VaultPath) -> String {
     }
     text.chars().take(80).chain(['…']).collect()
 }
+
+#[cfg(test)]
+mod tests;
