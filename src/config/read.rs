@@ -69,7 +69,7 @@ pub(super) fn file(path: &Path) -> Result<Config, Vec<ConfigFault>> {
     let unreadable = |text| vec![ConfigFault { place: None, field: String::new(), text }];
     let bytes = bytes_of(path).map_err(|text| unreadable(format!("{}: {text}", path.display())))?;
     let source = String::from_utf8(bytes).map_err(|_| unreadable(format!("{} is not UTF-8", path.display())))?;
-    text(&source, path.parent().unwrap_or(Path::new(".")))
+    text(&source, path.parent().unwrap_or_else(|| Path::new(".")))
 }
 
 /// Reads a text; the files it names lie in `directory`.
@@ -438,7 +438,7 @@ impl<'a> Reader<'a> {
     fn refresh(&mut self, map: &Section<'_>) -> RefreshBounds {
         let map = self.below(map, "refresh", "connections.*.refresh");
         let mut get =
-            |name, usual| self.plain(&map, name, interval(1..=365 * DAY)).unwrap_or(Duration::from_secs(usual));
+            |name, usual| self.plain(&map, name, interval(1..=365 * DAY)).unwrap_or_else(|| Duration::from_secs(usual));
         let (default, min, max) = (get("default", HOUR / 2), get("min", 60), get("max", DAY));
         if min > max {
             self.fault(map.place("min"), map.field("min"), "is more than max");
