@@ -205,7 +205,7 @@ pub struct Requests {
 }
 
 fn attribute(code: Code, name: &str, text: String) -> Fault {
-    Fault { code, field: format!("spec.volumes[].csi.volumeAttributes.{name}"), text }
+    Fault { code, field: format!("volumeAttributes.{name}"), text }
 }
 
 impl Config {

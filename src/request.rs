@@ -385,8 +385,45 @@ pub struct Owner {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
+    use std::collections::BTreeSet;
+    use std::fs;
+    use std::path::{Path, PathBuf};
+
     use super::*;
+
+    /// The first column of the first table below a heading of a page.
+    pub(crate) fn documented<'a>(page: &'a str, heading: &str) -> Vec<&'a str> {
+        let (_, below) = page.split_once(&format!("\n## {heading}\n")).unwrap();
+        let rows = below.lines().skip_while(|line| !line.starts_with("| `")).take_while(|line| line.starts_with("| `"));
+        rows.map(|row| row.split('`').nth(1).unwrap()).collect()
+    }
+
+    /// Every `Code("...")` of the code.
+    fn codes() -> BTreeSet<String> {
+        let mut codes = BTreeSet::new();
+        let mut left = vec![PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("src")];
+        while let Some(path) = left.pop() {
+            if path.is_dir() {
+                left.extend(fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path()));
+            } else if path.extension() == Some("rs".as_ref()) && !path.ends_with(Path::new("tests.rs")) {
+                let text = fs::read_to_string(path).unwrap();
+                codes.extend(
+                    text.split("Code(\"SM").skip(1).map(|rest| format!("SM{}", rest.split('"').next().unwrap())),
+                );
+            }
+        }
+        codes
+    }
+
+    #[test]
+    fn every_code_stands_in_the_table_once() {
+        let page = include_str!("../docs/codes.md");
+        let rows: Vec<&str> = page.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next()).collect();
+        let documented: BTreeSet<String> = rows.iter().map(ToString::to_string).collect();
+        assert_eq!(documented, codes());
+        assert_eq!(documented.len(), rows.len(), "a code twice");
+    }
 
     #[test]
     fn durations() {

@@ -481,6 +481,20 @@ fn the_example_is_valid_and_holds_every_field() {
     }
 }
 
+#[test]
+fn every_field_stands_in_the_table() {
+    let page = include_str!("../../docs/configuration.md");
+    let documented = crate::request::tests::documented(page, "Fields");
+    let mut fields: Vec<String> = Vec::new();
+    for (section, names) in FIELDS {
+        fields.extend(names.iter().map(|name| format!("{section}.{name}").trim_start_matches('.').to_owned()));
+    }
+    fields.sort();
+    let mut sorted = documented.clone();
+    sorted.sort_unstable();
+    assert_eq!(sorted, fields);
+}
+
 // === who may read what ===
 
 fn pod() -> PodRef {

@@ -19,7 +19,7 @@ use super::proto::csi::{
     NodeGetVolumeStatsRequest, NodePublishVolumeRequest, NodeUnpublishVolumeRequest, VolumeCapability,
 };
 use crate::policy::rules::{FS_TYPE, NOT_READ_ONLY};
-use crate::request::files::{Files, Location};
+use crate::request::files::{Entry, Files, Location};
 use crate::request::{
     Claim, Code, Fault, PodRef, PodUid, Publish, RESERVED, Refresh, Token, VolumeId, VolumeName, attributes_digest,
     duration, nearest, shown,
@@ -428,19 +428,21 @@ fn sources(
 ) {
     let mut fault = |code, field: String, text: &str| faults.push(Fault { code, field, text: text.into() });
     let reference = || field.csi("nodePublishSecretRef");
-    let uses = |wanted: fn(&Location) -> bool| files.is_some_and(|files| files.locations().any(wanted));
-    let uses_secret = uses(|location| matches!(location, Location::Secret));
-    let uses_vault = uses(|location| matches!(location, Location::Vault { .. }));
+    let entries = || files.into_iter().flat_map(Files::entries);
+    let of_secret = |entry: &Entry| entry.locations().any(|location| matches!(location, Location::Secret));
+    let of_vault = |entry: &Entry| entry.locations().any(|location| matches!(location, Location::Vault { .. }));
+    let uses_vault = entries().any(of_vault);
     match files {
         None if !has_secret => {
             let text = "nothing is asked for; write files:, or nodePublishSecretRef: of a Secret that has a key";
             fault(NOTHING_ASKED, field.attribute("files"), text);
         }
-        Some(_) if has_secret && !uses_secret => {
+        Some(_) if has_secret && !entries().any(of_secret) => {
             let text = "no entry of files uses this Secret; leave it out, or write \"#key\" in an entry";
             fault(SECRET_UNUSED, reference(), text);
         }
-        Some(_) if !has_secret && uses_secret => {
+        // An optional key of a Secret without keys is a missing key like any other.
+        Some(_) if !has_secret && entries().any(|entry| of_secret(entry) && !entry.optional) => {
             let text = "an entry of files uses the pod's Secret, and there is none, or it has no key";
             fault(SECRET_MISSING, reference(), text);
         }

@@ -450,3 +450,15 @@ fn a_message_names_what_to_change_and_fits() {
     pod.readers(&["ap"]);
     assert!(pod.judge().unwrap_err()[0].text.starts_with("the pod has no container \"ap\" (did you mean \"app\"?)"));
 }
+
+#[test]
+fn the_table_of_codes_is_this_one() {
+    let page = include_str!("../../docs/codes.md");
+    for rule in RULES {
+        let severity = if rule.severity == Severity::Refuse { "refuses" } else { "warns" };
+        let waivable = if rule.waivable { "yes" } else { "never" };
+        let Rule { code, text, change, source, .. } = rule;
+        let row = format!("| `{code}` | {text} | {change} | {source} | {severity} | {waivable} |\n");
+        assert!(page.contains(&row), "docs/codes.md lacks:\n{row}");
+    }
+}

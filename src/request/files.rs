@@ -89,14 +89,7 @@ impl Files {
 
     /// Every place that an entry or a template's `with` looks at, as often as it is named.
     pub fn locations(&self) -> impl Iterator<Item = &Location> {
-        self.0.iter().flat_map(|entry| {
-            let (one, many): (Option<&Location>, &[(String, KeyRef)]) = match &entry.content {
-                Content::Key(key) => (Some(&key.location), &[]),
-                Content::All(location) => (Some(location), &[]),
-                Content::Template { with, .. } => (None, with),
-            };
-            one.into_iter().chain(many.iter().map(|(_, key)| &key.location))
-        })
+        self.0.iter().flat_map(Entry::locations)
     }
 }
 
@@ -302,6 +295,18 @@ pub struct Entry {
     pub base64: bool,
     /// A missing key, a 404 or a deleted version leaves the file out instead of failing.
     pub optional: bool,
+}
+
+impl Entry {
+    /// Every place that the entry or its template's `with` looks at.
+    pub fn locations(&self) -> impl Iterator<Item = &Location> {
+        let (one, many): (Option<&Location>, &[(String, KeyRef)]) = match &self.content {
+            Content::Key(key) => (Some(&key.location), &[]),
+            Content::All(location) => (Some(location), &[]),
+            Content::Template { with, .. } => (None, with),
+        };
+        one.into_iter().chain(many.iter().map(|(_, key)| &key.location))
+    }
 }
 
 /// The left side of an entry.
@@ -714,6 +719,18 @@ mod tests {
             let faults = Files::parse(text).expect_err(text);
             assert!(!format!("{faults:?}").contains(needle), "{text}: {faults:?}");
         }
+    }
+
+    #[test]
+    fn the_examples_of_the_manual_are_valid() {
+        let page = include_str!("../../docs/attributes.md");
+        let entries = |text: &str| Files::parse(text).map(|files| files.entries().len());
+        let (_, below) = page.split_once("      files: |\n").unwrap();
+        let block: Vec<&str> = below.lines().map_while(|line| line.strip_prefix("        ")).collect();
+        assert_eq!(entries(&block.join("\n")), Ok(5));
+        let (_, below) = page.split_once("**The short form**").unwrap();
+        let block: Vec<&str> = below.lines().filter_map(|line| line.strip_prefix("    ")).collect();
+        assert_eq!(entries(&block.join("\n")), Ok(7));
     }
 
     #[test]

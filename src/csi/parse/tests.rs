@@ -321,6 +321,8 @@ fn what_is_asked_for_has_a_source_and_every_source_a_use() {
         refused(|r| (bare(r), set(r, name, value)).1, &[&line]);
         refused(|r| (bare(r), set(r, "files", "a: \"#password\""), set(r, name, value)).2, &[&line]);
     }
+    let optional = "a: p/x#k\nb: {from: \"#password\", optional: true}";
+    taken(|r| (r.secrets.remove("password"), set(r, "files", optional)).1);
     // A template's variable is a use.
     taken(|r| set(r, "files", "a: {template: x, with: {b: \"#password\", c: p/x#k}}"));
 }
@@ -444,4 +446,15 @@ fn stats_know_only_paths_of_volumes() {
     assert!(of(&volume_id, &target_path).is_some());
     assert!(of(&volume_id, "some/path").is_none());
     assert!(of("csi-00", &target_path).is_none());
+}
+
+#[test]
+fn every_attribute_and_field_stands_in_its_table() {
+    let page = include_str!("../../../docs/attributes.md");
+    let mut attributes = crate::request::tests::documented(page, "Attributes");
+    attributes.sort_unstable();
+    let mut known = ATTRIBUTES;
+    known.sort_unstable();
+    assert_eq!(attributes, known);
+    assert_eq!(crate::request::tests::documented(page, "files"), crate::request::files::FIELDS);
 }
