@@ -115,32 +115,30 @@ pub fn parse(source: &str) -> Result<Node, Vec<Fault>> {
 }
 
 /// What to add to a message about a value that came out empty or broken on `line` of `source`: `#k` after a blank is
-/// a comment, and `{{` opens a map. Empty if neither is there.
+/// a comment, and `{{` opens a map. Empty if neither is there. A remark, `# ` with a blank, is none that was meant as
+/// a value.
 pub fn hint(source: &str, line: usize) -> String {
-    source.lines().nth(line.saturating_sub(1)).map(hint_in).unwrap_or_default()
+    let Some(line) = source.lines().nth(line.saturating_sub(1)) else { return String::new() };
+    let swallowed = line.split_once(" #").is_some_and(|(_, rest)| !rest.is_empty() && !rest.starts_with(' '));
+    match hint_in(line) {
+        None if swallowed => ": what stands behind \" #\" is a YAML comment; leave the blank out".into(),
+        found => found.unwrap_or_default(),
+    }
 }
 
+/// The hint for a syntax error, which is noticed at or after the line that causes it: `{from: #k}` never closes.
 fn hint_upto(source: &str, line: usize) -> String {
-    // A syntax error is noticed at or after the line that causes it, as with `{from: #k}`, which never closes.
-    source.lines().take(line).map(hint_in).filter(|hint| !hint.is_empty()).last().unwrap_or_default()
+    source.lines().take(line).filter_map(hint_in).last().unwrap_or_default()
 }
 
-fn hint_in(line: &str) -> String {
-    if let Some((before, rest)) = line.split_once(" #") {
-        if !before.trim_end().ends_with(':') {
-            return ": what stands behind \" #\" is a YAML comment; leave the blank out".into();
-        }
+/// The hint on a line whose value is a comment or begins like a template.
+fn hint_in(line: &str) -> Option<String> {
+    if let Some((_, rest)) = line.split_once(": #") {
         let end = rest.find([' ', ',', '}']).unwrap_or(rest.len());
-        let key = shown(rest.get(..end).unwrap_or_default());
-        if key.is_empty() {
-            return String::new();
-        }
-        return format!(": #{key} is a YAML comment here; write \"#{key}\" in quotes");
+        let key = rest.get(..end).filter(|key| !key.is_empty()).map(shown)?;
+        return Some(format!(": #{key} is a YAML comment here; write \"#{key}\" in quotes"));
     }
-    if line.contains(": {{") {
-        return ": {{ opens a YAML map here; write the whole template in quotes".into();
-    }
-    String::new()
+    line.contains(": {{").then(|| ": {{ opens a YAML map here; write the whole template in quotes".into())
 }
 
 /// A list or map whose end has not come yet.
@@ -300,7 +298,7 @@ mod tests {
             ("%YAML 1.1\n---\na: b", "line 1, column 1: this is not YAML"),
             ("a: [b", "this is not YAML"),
             ("a: {from: #k}", ": #k is a YAML comment here; write \"#k\" in quotes"),
-            ("a: {{ b }}:{{ c }}", "{{"),
+            ("# a: #k\na: {{ b }}:{{ c }}", ": {{ opens a YAML map here"),
             ("a: [[[[[[[[[[[[[[[[[[[[b]]]]]]]]]]]]]]]]]]]]", "line 1"),
         ] {
             let seen = faults(source);
@@ -323,12 +321,19 @@ mod tests {
     }
 
     #[test]
+    fn a_remark_is_no_hint_on_a_syntax_error() {
+        let faults = faults("a: b # why\nc: #\nd: e #f\ng: [h");
+        assert!(faults.iter().all(|fault| !fault.contains("comment")), "{faults:?}");
+    }
+
+    #[test]
     fn hints_at_comments_and_templates() {
         assert_eq!(hint("a: b\nc: #k", 2), ": #k is a YAML comment here; write \"#k\" in quotes");
         assert_eq!(hint("c: {{ k }}", 1), ": {{ opens a YAML map here; write the whole template in quotes");
         assert_eq!(hint("c: k", 1), "");
         assert_eq!(hint("c: k", 7), "");
         assert_eq!(hint("c: # a remark", 1), "");
+        assert_eq!(hint("c: p/x # a remark", 1), "");
         assert_eq!(hint("c: p/x #k", 1), ": what stands behind \" #\" is a YAML comment; leave the blank out");
     }
 }
