@@ -8,8 +8,8 @@ pub mod serve;
 mod volume;
 pub mod wire;
 
-/// UID and GID of the worker: above what a pod may have (2147483647), so that no container shares it.
-pub const WORKER_UID: u32 = 3_000_065_532;
+/// UID and GID of the worker; policy refuses it as an owner too.
+pub use crate::request::WORKER_UID;
 
 /// The worker ends with this code when the kubelet refused its registration: both sockets are then bound anew, since
 /// a new inode makes the kubelet register again.
