@@ -500,6 +500,13 @@ async fn an_outage_is_said_as_such_and_ends() {
     let error = assert_code(briefly(&lab).await, codes::UNREACHABLE);
     assert_eq!(error.blame, Blame::Away(None));
     assert!(error.to_string().contains("connection \"prod\" cannot be reached: connection refused"), "{error}");
+    // Pods that wait for one login learn the cause as well, not only that time ran out.
+    let fresh = Sources::default();
+    let all = join_all((0..5).map(|_| async {
+        let (grant, publish) = publish(&pod(), &lab.issuer, Some(files));
+        fresh.fetch(&grant, &publish, &config, Instant::now() + Duration::from_secs(2)).await
+    }));
+    all.await.into_iter().for_each(|result| drop(assert_code(result, codes::UNREACHABLE)));
     // Vault comes back while the call still tries.
     let (waiting, ()) = tokio::join!(lab_fetch(&sources, &config, &lab.issuer, files), lab.bao.start_again());
     assert_eq!(shown(&waiting.unwrap()), pairs(&[("f", "app")]));
@@ -683,6 +690,13 @@ async fn trust_is_the_ca_file_and_nothing_else() {
     let error = assert_code(from_recorded(&config(named)).await, codes::UNTRUSTED);
     assert!(error.to_string().contains("another name"), "{error}");
 
+    let loopback = Server::plain(|seen: &Seen| match seen.path.as_str() {
+        "/v1/auth/kubernetes/login" => login_reply(),
+        _ => secret_reply(),
+    });
+    let loopback = connection(&loopback.address(), "", Method::Kubernetes);
+    assert_eq!(shown(&from_recorded(&config(loopback)).await.unwrap()), pairs(&[("f", "value")]));
+
     let plain = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = format!("https://{}", plain.local_addr().unwrap());
     std::thread::spawn(move || {
@@ -756,6 +770,10 @@ async fn a_secret_alone_and_mixed_with_vault() {
         ("tls.key", "KEY"),
     ];
     assert_eq!(shown(&from(Some(files), &none).await.unwrap()), pairs(&expected));
+
+    // An entry written out wins over one expanded, also when it is optional and there is nothing for it.
+    let absent = r##"{"./": "#*", bad: {from: "#nothing", optional: true}}"##;
+    assert_eq!(shown(&from(Some(absent), &none).await.unwrap()), pairs(&whole[1..]));
 
     for (files, code) in [
         ("f: '#nothing'", codes::MISSING_KEY),

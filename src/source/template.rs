@@ -123,8 +123,9 @@ pub(super) fn check(text: &str) -> Result<(), TemplateError> {
 pub(super) fn render(text: &str, variables: Variables, limit: usize) -> Result<SecretBytes, TemplateError> {
     restrict(text)?;
     let known = variables.names();
-    let all = variables.named.iter().chain(&variables.files);
-    let longest = all.map(|(_, value)| value.len()).max().unwrap_or(0).max(text.len());
+    // What is not named is not read: a large keystore beside a template costs it nothing.
+    let used = variables.named.iter().chain(&variables.files).filter(|(name, _)| text.contains(name.as_str()));
+    let longest = used.map(|(_, value)| value.len()).max().unwrap_or(0);
     let not_text = Arc::new(AtomicBool::new(false));
     let names = |values, below| Arc::new(Names { values, below, not_text: Arc::clone(&not_text) });
     let root = names(variables.named, Some(names(variables.files, None)));
@@ -136,11 +137,12 @@ pub(super) fn render(text: &str, variables: Variables, limit: usize) -> Result<S
     Ok(SecretBytes::new(out.bytes))
 }
 
-/// How many instructions a template may take. A chain of `~` over values of this length copies at most
-/// length × fuel² / 8 bytes; this keeps that near 1 GiB, a fraction of a second.
+/// How many instructions a template may take when its longest value has so many bytes. A `~` within an expression of
+/// [`MAX_EXPRESSION`] copies at most a third as many values as that has bytes; this keeps all copies near 3 GiB, a
+/// fraction of a second, and leaves thousands of instructions to values of an ordinary length.
 fn fuel(longest: usize) -> u64 {
-    let longest = u64::try_from(longest).unwrap_or(u64::MAX).max(256);
-    ((8 << 30) / longest).isqrt().max(64)
+    let longest = u64::try_from(longest).unwrap_or(u64::MAX).max(1);
+    ((16 << 20) / longest).clamp(200, 20_000)
 }
 
 fn environment(fuel: u64, limit: usize) -> Environment<'static> {
@@ -368,7 +370,12 @@ mod tests {
         let chain = |terms: usize| format!("{{{{ ({}) == '' }}}}", vec!["user"; terms].join("~"));
         assert_eq!(filled(&chain(180), named).as_deref(), Ok("False"));
         assert_eq!(filled(&chain(180).repeat(20), named), Err(TemplateError::TooMuch(1)));
+        // As many expressions as fit into the attribute, beside a large value that is not used.
+        let many: String = "{{ a }}".repeat(4096);
+        let named: &[(&str, &[u8])] = &[("a", b"x"), ("keystore", &vec![b'k'; 1 << 20])];
+        assert_eq!(filled(&many, named), Ok("x".repeat(4096)));
         assert!(matches!(check(&chain(5000)), Err(TemplateError::NotHere(_))));
+        let named: &[(&str, &[u8])] = &[("user", &long)];
         let nested = |depth: usize| format!("{}{}", "{% if user %}".repeat(depth), "{% endif %}".repeat(depth));
         assert_eq!(filled(&nested(100), named).as_deref(), Ok(""));
         assert!(matches!(check(&nested(2000)), Err(TemplateError::NotHere(_))));

@@ -30,7 +30,7 @@ use crate::source::{Blame, SourceError, codes};
 /// The longest time of retrying in one call: the kubelet gives 120 s to all of it.
 pub(super) const MAX_RETRYING: Duration = Duration::from_secs(30);
 /// An idle connection's TLS buffers may hold what was last read over it until it is closed.
-const POOL_IDLE: Duration = Duration::from_secs(5);
+const POOL_IDLE: Duration = Duration::from_secs(2);
 const MAX_REDIRECTS: usize = 3;
 const FIRST_WAIT: Duration = Duration::from_millis(100);
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
