@@ -13,7 +13,7 @@ use crate::request::files::VaultPath;
 use crate::request::yaml::Place;
 use crate::request::{Claim, Code, Fault, PodRef, Publish, Refresh, Token, nearest, shown};
 use expand::{Expand, NamePattern, PathPattern};
-pub use read::FIELDS;
+pub use read::{FIELDS, bytes};
 
 /// `vault` names no connection of the platform file.
 pub const UNKNOWN_CONNECTION: Code = Code("SM201");

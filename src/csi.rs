@@ -1,6 +1,10 @@
 //! The Container Storage Interface: the edge where the kubelet speaks to the worker.
 
+pub mod identity;
+pub mod layers;
+pub mod node;
 pub mod parse;
+pub mod status;
 
 pub mod proto {
     //! Messages and services generated from `proto/`.

@@ -2,16 +2,21 @@
 // Unit tests make their own files and may read the environment; the driver may not.
 #![cfg_attr(test, allow(clippy::disallowed_methods))]
 
+pub mod admin;
 pub mod broker;
+pub mod cli;
 pub mod config;
 pub mod csi;
 pub mod events;
 pub mod harden;
+pub mod health;
 pub mod log;
 pub mod metrics;
+pub mod node;
 pub mod pods;
 pub mod policy;
 pub mod publish;
+pub mod registration;
 pub mod request;
 pub mod schedule;
 pub mod secret;

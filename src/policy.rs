@@ -19,6 +19,12 @@ pub struct Grant {
 }
 
 impl Grant {
+    /// The grant of a volume that stands already: it was given before, and is kept whatever the rules say since
+    /// (design, P3). The broker refuses any other owner than the one it stands with.
+    pub fn standing(volume: &VolumeId, pod: &PodRef, owner: Owner) -> Self {
+        Self { volume: volume.clone(), pod: pod.clone(), readers: Vec::new(), owner }
+    }
+
     /// The volume.
     pub fn volume(&self) -> &VolumeId {
         &self.volume
@@ -27,7 +33,7 @@ impl Grant {
     pub fn pod(&self) -> &PodRef {
         &self.pod
     }
-    /// The containers that may read, in the pod's order; never empty.
+    /// The containers that may read, in the pod's order; empty only for [`Grant::standing`].
     pub fn readers(&self) -> &[String] {
         &self.readers
     }

@@ -1,1 +1,672 @@
-//! TODO
+//! The story, top to bottom: claim, grant, payload, published. And published again, and unpublished.
+//!
+//! One lock a volume; nothing here waits for another volume. A first publish is refused or fails whole; once a
+//! volume stands, nothing but an unpublish takes its content away (the promise P2 and P3).
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::{Mutex as AsyncMutex, watch};
+use tokio::time::Instant;
+
+use crate::broker::client::{Client, ClientError, Content};
+use crate::broker::wire::{Answer, MAX_NOTE, Standing as OnNode};
+use crate::config::Config;
+use crate::events::Events;
+use crate::metrics::{Metrics, Outcome};
+use crate::pods::{Pods, PodsError};
+use crate::policy::{self, Grant};
+use crate::request::files::Location;
+use crate::request::{Fault, Owner, PodRef, Publish, Refresh, VolumeId, summary};
+use crate::schedule::{Interval, Pace};
+use crate::secret::{Tag, TagKey};
+use crate::source::{Payload, SourceError, Sources};
+
+/// How long one fetch may try, in all: the kubelet gives a call 120 s, and a retriable code before that guarantees
+/// an unpublish (design 5.5).
+const FETCH_FOR: Duration = Duration::from_secs(30);
+
+/// How long a publish of a standing volume waits for its refresh before it answers OK with the old content. The
+/// refresh goes on. A kubelet that restarts while Vault is away publishes all volumes of the node again and starts
+/// no container before it has its answers.
+const REFRESH_IN_CALL: Duration = Duration::from_secs(2);
+
+/// Why a volume was not published or removed. One variant a step.
+#[derive(Debug, thiserror::Error)]
+pub enum PublishError {
+    /// The pod's facts are not to be had, or are another pod's.
+    #[error(transparent)]
+    Pods(#[from] PodsError),
+    /// The pod is built so that the promise cannot hold.
+    #[error("{}", summary(.0))]
+    Refused(Vec<Fault>),
+    /// The source gave nothing.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// The broker did not do it.
+    #[error(transparent)]
+    Broker(#[from] ClientError),
+    /// The platform's file was not valid when the driver started.
+    #[error("the platform file is not valid; the driver's log and `sealmount status` say why")]
+    NoConfig,
+    /// An unpublish of the same volume came while its secrets were fetched.
+    #[error("the volume was unpublished while its secrets were fetched")]
+    Unpublished,
+    /// The operation's task ended without an answer.
+    #[error("the operation ended without an answer; it is tried again")]
+    Lost,
+}
+
+/// What survives a restart of everything, stored by the broker with the volume (design 3: the note).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Note {
+    namespace: String,
+    pod: String,
+    service_account: String,
+    /// The claim's attributes digest: content is adopted only for the request it was made for.
+    digest: [u8; 32],
+    /// The Vault connection, if any entry comes from Vault.
+    connection: Option<String>,
+    /// Unix seconds when the source last confirmed the content.
+    confirmed: u64,
+}
+
+impl Note {
+    fn new(publish: &Publish, connection: Option<String>, confirmed: SystemTime) -> Self {
+        Self {
+            namespace: publish.pod.namespace.clone(),
+            pod: publish.pod.name.clone(),
+            service_account: publish.pod.service_account.clone(),
+            digest: publish.claim.digest,
+            connection,
+            confirmed: unix(confirmed),
+        }
+    }
+
+    /// Every part is bounded by Kubernetes' own limits on names (253 bytes), so this fits [`MAX_NOTE`]; where it
+    /// does not, nothing is noted and a restart fetches again.
+    fn encode(&self) -> Vec<u8> {
+        postcard::to_stdvec(self).ok().filter(|bytes| bytes.len() <= MAX_NOTE).unwrap_or_default()
+    }
+}
+
+/// A volume that stands, as the worker knows it.
+#[derive(Debug)]
+struct Volume {
+    pod: PodRef,
+    owner: Owner,
+    /// `None` only between an adoption and the first publish after it, or when the pod refuses since.
+    grant: Option<Grant>,
+    key: TagKey,
+    /// `None` after an adoption: the broker never tells tags.
+    tag: Option<KnownTag>,
+    /// Tag of the Secret's data alone, to see a change of it in a volume that also reads Vault.
+    secret_tag: Option<KnownTag>,
+    note: Option<Note>,
+    since: SystemTime,
+    confirmed: SystemTime,
+    pace: Pace,
+    /// The last failure since the content was confirmed, and when the first was.
+    failing: Option<(SystemTime, String)>,
+    /// What the rules say against the pod now, reported once.
+    refused: Option<String>,
+    stale: bool,
+    bytes: u64,
+    generation: u64,
+}
+
+/// A tag in the worker's memory, without a Debug of its own.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct KnownTag(Tag);
+
+impl std::fmt::Debug for KnownTag {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("KnownTag")
+    }
+}
+
+/// One volume's place: its lock, and a word to whoever fetches under it that the volume is leaving.
+#[derive(Debug)]
+struct Slot {
+    state: AsyncMutex<Option<Volume>>,
+    leaving: watch::Sender<bool>,
+    /// What [`Publisher::status`] reads without the lock; `Some` while the volume stands.
+    shown: Mutex<Option<VolumeStatus>>,
+}
+
+impl Slot {
+    fn new(volume: Option<Volume>, id: &VolumeId) -> Arc<Self> {
+        let shown = Mutex::new(volume.as_ref().map(|volume| volume.status(id)));
+        Arc::new(Self { state: AsyncMutex::new(volume), leaving: watch::Sender::new(false), shown })
+    }
+
+    fn show(&self, id: &VolumeId, volume: Option<&Volume>) {
+        *locked(&self.shown) = volume.map(|volume| volume.status(id));
+    }
+
+    fn stands(&self) -> bool {
+        locked(&self.shown).is_some()
+    }
+}
+
+/// One line of `sealmount status`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VolumeStatus {
+    /// The volume.
+    pub volume: VolumeId,
+    /// The pod.
+    pub pod: PodRef,
+    /// Owner of the files.
+    pub owner: Owner,
+    /// The Vault connection, if any entry comes from Vault.
+    pub connection: Option<String>,
+    /// First published.
+    pub since: SystemTime,
+    /// When the source last confirmed the content.
+    pub confirmed: SystemTime,
+    /// When the first failed refresh since then was, and what the last one said.
+    pub failing: Option<(SystemTime, String)>,
+    /// What the rules say against the pod by now.
+    pub refused: Option<String>,
+    /// Reported as stale.
+    pub stale: bool,
+    /// Content bytes.
+    pub bytes: u64,
+    /// Counts the swaps.
+    pub generation: u64,
+}
+
+impl Volume {
+    fn status(&self, id: &VolumeId) -> VolumeStatus {
+        VolumeStatus {
+            volume: id.clone(),
+            pod: self.pod.clone(),
+            owner: self.owner,
+            connection: self.note.as_ref().and_then(|note| note.connection.clone()),
+            since: self.since,
+            confirmed: self.confirmed,
+            failing: self.failing.clone(),
+            refused: self.refused.clone(),
+            stale: self.stale,
+            bytes: self.bytes,
+            generation: self.generation,
+        }
+    }
+}
+
+/// Everything a publish needs. Cheap to share, one a worker.
+#[derive(Debug)]
+pub struct Publisher {
+    config: Mutex<Option<Arc<Config>>>,
+    pods: Pods,
+    sources: Sources,
+    broker: Client,
+    events: Events,
+    metrics: Metrics,
+    slots: Mutex<BTreeMap<VolumeId, Arc<Slot>>>,
+}
+
+impl Publisher {
+    /// A publisher that knows the volumes that stand already: their content is adopted by its note, without a fetch.
+    ///
+    /// Without a config nothing new is published until [`Publisher::reload`] brings one.
+    pub fn new(
+        config: Option<Config>,
+        pods: Pods,
+        sources: Sources,
+        broker: Client,
+        events: Events,
+        metrics: Metrics,
+        standing: Vec<OnNode>,
+    ) -> Self {
+        let slots = standing.into_iter().map(|found| {
+            let volume = adopt(&found);
+            (found.volume.clone(), Slot::new(Some(volume), &found.volume))
+        });
+        let slots = Mutex::new(slots.collect());
+        let publisher =
+            Self { config: Mutex::new(config.map(Arc::new)), pods, sources, broker, events, metrics, slots };
+        publisher.count();
+        publisher
+    }
+
+    fn config(&self) -> Result<Arc<Config>, PublishError> {
+        locked(&self.config).clone().ok_or(PublishError::NoConfig)
+    }
+
+    /// Takes a new file; calls under way end with the one they began with.
+    pub fn reload(&self, config: Config) {
+        *locked(&self.config) = Some(Arc::new(config));
+    }
+
+    /// Publishes a volume, or confirms and refreshes one that stands.
+    ///
+    /// Runs as a task of its own: a caller that hangs up must not leave a commit half known.
+    pub async fn publish(self: &Arc<Self>, publish: Publish) -> Result<Outcome, PublishError> {
+        let this = Arc::clone(self);
+        let slot = this.slot(&publish.volume);
+        let stands = slot.stands() && !*slot.leaving.borrow();
+        // A refresh is under way that outlasted its call: the volume stands, which is all this call asks.
+        if stands && slot.state.try_lock().is_err() {
+            return Ok(Outcome::Kept);
+        }
+        let task = tokio::spawn(async move { this.publish_locked(&slot, publish).await });
+        if !stands {
+            return task.await.unwrap_or(Err(PublishError::Lost));
+        }
+        match tokio::time::timeout(REFRESH_IN_CALL, task).await {
+            Ok(done) => done.unwrap_or(Err(PublishError::Lost)),
+            Err(_) => Ok(Outcome::Kept),
+        }
+    }
+
+    async fn publish_locked(&self, slot: &Slot, publish: Publish) -> Result<Outcome, PublishError> {
+        let id = publish.volume.clone();
+        let mut state = slot.state.lock().await;
+        if *slot.leaving.borrow() {
+            return Err(PublishError::Unpublished);
+        }
+        let done = match state.as_mut() {
+            None => match self.first(slot, &publish).await {
+                Ok(volume) => {
+                    *state = Some(volume);
+                    Ok(Outcome::Published)
+                }
+                Err(error) => {
+                    self.sources.forget(&id);
+                    Err(error)
+                }
+            },
+            Some(volume) => Ok(self.again(slot, volume, &publish).await),
+        };
+        slot.show(&id, state.as_ref());
+        if state.is_none() {
+            self.drop_slot(&id);
+        }
+        drop(state);
+        self.count();
+        done
+    }
+
+    /// The first publish: everything or an error, after which nothing is left.
+    async fn first(&self, slot: &Slot, publish: &Publish) -> Result<Volume, PublishError> {
+        let config = self.config()?;
+        let facts = self.pods.get(&publish.pod).await?;
+        let (grant, warnings) =
+            policy::judge(&publish.volume, &publish.claim, &facts, &config.policy, SystemTime::now())
+                .map_err(|refusals| self.refused(&publish.pod, refusals))?;
+        for warning in &warnings {
+            self.events.warning(&publish.pod, "SealmountWarning", warning.to_string());
+        }
+        let interval = interval(publish, &config)?;
+        let payload = self.fetch(slot, &grant, publish, &config).await?;
+        let key = Client::new_key()?;
+        let tag = tag_of(&key, &payload);
+        let now = SystemTime::now();
+        let note = Note::new(publish, connection(publish, &config), now);
+        self.commit(&grant, &config, key, &note, &payload).await?;
+        let (owner, files) = (grant.owner().uid, payload.files.len());
+        tracing::info!(pod = %publish.pod, volume = %publish.volume, owner, readers = ?grant.readers(), files, "published");
+        Ok(Volume {
+            pod: publish.pod.clone(),
+            owner: grant.owner(),
+            grant: Some(grant),
+            key,
+            tag: Some(KnownTag(tag)),
+            secret_tag: secret_tag(&key, publish),
+            note: Some(note),
+            since: now,
+            confirmed: now,
+            pace: Pace::new(interval, Instant::now(), jitter(&key)),
+            failing: None,
+            refused: None,
+            stale: false,
+            bytes: bytes(&payload),
+            generation: 1,
+        })
+    }
+
+    /// A publish of a standing volume: it always ends well. What goes wrong is reported, and the old content stays.
+    async fn again(&self, slot: &Slot, volume: &mut Volume, publish: &Publish) -> Outcome {
+        // Without a valid file there is nothing to judge or fetch by; the volume stands.
+        let Ok(config) = self.config() else { return Outcome::Kept };
+        self.judge_again(volume, publish, &config).await;
+        if let Ok(interval) = interval(publish, &config) {
+            volume.pace.set_interval(interval);
+        }
+        let vault = reads_vault(publish);
+        let secret = secret_tag(&volume.key, publish);
+        let unknown = volume.note.as_ref().is_none_or(|note| note.digest != publish.claim.digest);
+        let secret_changed = publish.secret.is_some() && secret != volume.secret_tag;
+        if vault && !unknown && !secret_changed && !volume.pace.due(Instant::now()) {
+            return Outcome::NotDue;
+        }
+        let grant = match &volume.grant {
+            Some(grant) => grant.clone(),
+            // The volume stands because a grant was given; a refusal since then is reported, not acted on (P3).
+            None => Grant::standing(&publish.volume, &publish.pod, volume.owner),
+        };
+        match self.refresh(slot, volume, &grant, publish, &config).await {
+            Ok(outcome) => {
+                volume.secret_tag = secret;
+                self.confirmed(&publish.volume, volume);
+                if volume.refused.is_some() { Outcome::Kept } else { outcome }
+            }
+            Err(error) => {
+                self.failed(&publish.volume, volume, &error);
+                Outcome::Kept
+            }
+        }
+    }
+
+    /// The source confirmed or changed a standing volume's content.
+    fn confirmed(&self, id: &VolumeId, volume: &mut Volume) {
+        volume.confirmed = SystemTime::now();
+        volume.pace.confirm(Instant::now());
+        if let Some((since, _)) = volume.failing.take() {
+            tracing::info!(pod = %volume.pod, volume = %id, failing_since = unix(since), "refresh works again");
+        }
+        if std::mem::take(&mut volume.stale) {
+            let text = format!("volume {}: the content is up to date again", id.name);
+            self.events.normal(&volume.pod, "SealmountFresh", text);
+        }
+    }
+
+    /// A refresh failed: said where its readers look, and the old content stays.
+    fn failed(&self, id: &VolumeId, volume: &mut Volume, error: &PublishError) {
+        // The volume is leaving: nobody waits for its content.
+        if matches!(error, PublishError::Unpublished) {
+            return;
+        }
+        let text = error.to_string();
+        tracing::warn!(pod = %volume.pod, volume = %id, "refresh failed; the old content stays: {text}");
+        let note = format!("volume {}: the old content stays: {text}", id.name);
+        self.events.warning(&volume.pod, "SealmountRefreshFailed", note);
+        let since = volume.failing.take().map_or_else(SystemTime::now, |(since, _)| since);
+        volume.failing = Some((since, text));
+        volume.pace.fail(Instant::now());
+    }
+
+    /// Looks at a standing volume's pod again: what the rules say now is reported once, and changes nothing.
+    async fn judge_again(&self, volume: &mut Volume, publish: &Publish, config: &Config) {
+        // Facts away are no reason to say anything about a volume that stands.
+        let Ok(facts) = self.pods.get(&publish.pod).await else { return };
+        let found = match policy::judge(&publish.volume, &publish.claim, &facts, &config.policy, SystemTime::now()) {
+            Ok((grant, _)) if grant.owner() == volume.owner => {
+                volume.grant = Some(grant);
+                None
+            }
+            Ok((grant, _)) => Some(format!(
+                "the owner would be UID {} now, but the volume stands with {}: delete the pod to change it",
+                grant.owner().uid,
+                volume.owner.uid
+            )),
+            Err(refusals) => {
+                for refusal in &refusals {
+                    self.metrics.refusal(refusal.code);
+                }
+                Some(summary(&refusals))
+            }
+        };
+        if found != volume.refused {
+            if let Some(text) = &found {
+                tracing::warn!(pod = %volume.pod, volume = %publish.volume, "would be refused now, and is kept: {text}");
+                self.events.warning(
+                    &volume.pod,
+                    "SealmountRefused",
+                    format!("volume {} would be refused now, and is kept: {text}", publish.volume.name),
+                );
+            }
+            volume.refused = found;
+        }
+    }
+
+    /// Fetches a standing volume's content and swaps it in if it changed.
+    async fn refresh(
+        &self,
+        slot: &Slot,
+        volume: &mut Volume,
+        grant: &Grant,
+        publish: &Publish,
+        config: &Arc<Config>,
+    ) -> Result<Outcome, PublishError> {
+        let payload = self.fetch(slot, grant, publish, config).await?;
+        let tag = tag_of(&volume.key, &payload);
+        // What the kubelet brings is compared in memory. What Vault confirms is noted, so that a restart knows its age.
+        if volume.tag == Some(KnownTag(tag)) && !reads_vault(publish) {
+            return Ok(Outcome::Unchanged);
+        }
+        let note = Note::new(publish, connection(publish, config), SystemTime::now());
+        let answer = self.commit(grant, config, volume.key, &note, &payload).await?;
+        volume.tag = Some(KnownTag(tag));
+        volume.note = Some(note);
+        if answer != Answer::Swapped {
+            return Ok(Outcome::Unchanged);
+        }
+        volume.generation += 1;
+        volume.bytes = bytes(&payload);
+        tracing::info!(pod = %volume.pod, volume = %publish.volume, files = payload.files.len(), "content swapped");
+        Ok(Outcome::Swapped)
+    }
+
+    async fn fetch(
+        &self,
+        slot: &Slot,
+        grant: &Grant,
+        publish: &Publish,
+        config: &Arc<Config>,
+    ) -> Result<Payload, PublishError> {
+        let mut leaving = slot.leaving.subscribe();
+        let start = Instant::now();
+        let payload = tokio::select! {
+            // An unpublish needs no Vault, so it must not wait for one either.
+            _ = leaving.wait_for(|leaving| *leaving) => return Err(PublishError::Unpublished),
+            payload = self.sources.fetch(grant, publish, config, start + FETCH_FOR) => payload,
+        };
+        let connection = connection(publish, config);
+        let source = if connection.is_some() { "vault" } else { "kubernetes" };
+        self.metrics.fetch(source, connection.as_deref().unwrap_or_default(), start.elapsed());
+        Ok(payload?)
+    }
+
+    async fn commit(
+        &self,
+        grant: &Grant,
+        config: &Config,
+        key: TagKey,
+        note: &Note,
+        payload: &Payload,
+    ) -> Result<Answer, PublishError> {
+        let content = Content {
+            volume: grant.volume(),
+            owner: grant.owner(),
+            volume_bytes: config.limits.volume_bytes,
+            key,
+            note: note.encode(),
+            files: &payload.files,
+        };
+        Ok(self.broker.commit(content).await?)
+    }
+
+    /// Overwrites, unmounts and removes a volume; OK if there is none. Needs neither Vault nor the API server.
+    pub async fn unpublish(self: &Arc<Self>, id: VolumeId) -> Result<(), PublishError> {
+        let this = Arc::clone(self);
+        tokio::spawn(async move { this.unpublish_locked(&id).await }).await.unwrap_or(Err(PublishError::Lost))
+    }
+
+    async fn unpublish_locked(&self, id: &VolumeId) -> Result<(), PublishError> {
+        let slot = self.slot(id);
+        slot.leaving.send_replace(true);
+        let mut state = slot.state.lock().await;
+        let removed = self.broker.remove(id).await;
+        if removed.is_ok() {
+            if let Some(volume) = state.take() {
+                tracing::info!(pod = %volume.pod, volume = %id, "unpublished");
+            }
+            slot.show(id, None);
+            self.sources.forget(id);
+            // Whoever waits for the old slot's lock finds it leaving; the next publish begins with a new slot.
+            locked(&self.slots).remove(id);
+        } else {
+            // It still stands, and the kubelet comes again.
+            slot.leaving.send_replace(false);
+        }
+        drop(state);
+        self.count();
+        Ok(removed?)
+    }
+
+    /// Whether a volume stands, with its usage, for NodeGetVolumeStats: from the broker, since the worker sees no
+    /// published volume.
+    pub async fn usage(&self, id: &VolumeId) -> Result<Option<OnNode>, ClientError> {
+        Ok(self.broker.volumes().await?.into_iter().find(|found| found.volume == *id))
+    }
+
+    /// Every volume that stands, in the order of their ids.
+    pub fn status(&self) -> Vec<VolumeStatus> {
+        let slots: Vec<_> = locked(&self.slots).values().cloned().collect();
+        slots.iter().filter_map(|slot| locked(&slot.shown).clone()).collect()
+    }
+
+    /// Looks for content whose source has been silent for longer than it may, and reports it once.
+    pub fn report_stale(&self) {
+        let Ok(after) = self.config().map(|config| config.stale_after) else { return };
+        let slots: Vec<_> = locked(&self.slots).iter().map(|(id, slot)| (id.clone(), slot.clone())).collect();
+        let now = SystemTime::now();
+        for (id, slot) in slots {
+            // Whoever holds the lock is refreshing it right now.
+            let Ok(mut state) = slot.state.try_lock() else { continue };
+            let Some(volume) = state.as_mut() else { continue };
+            let age = now.duration_since(volume.confirmed).unwrap_or_default();
+            if !volume.stale && volume.pace.stale(age, after) {
+                volume.stale = true;
+                let why = volume.failing.as_ref().map_or("the kubelet brought nothing new", |(_, text)| text.as_str());
+                let text = format!("volume {}: the content was last confirmed {} s ago: {why}", id.name, age.as_secs());
+                tracing::warn!(pod = %volume.pod, volume = %id, "{text}");
+                self.events.warning(&volume.pod, "SealmountStale", text);
+                slot.show(&id, Some(volume));
+            }
+        }
+        self.count();
+    }
+
+    /// Ends what only this process can end: its logins.
+    pub async fn close(&self, deadline: Instant) {
+        self.sources.close(deadline).await;
+    }
+
+    fn refused(&self, pod: &PodRef, refusals: Vec<Fault>) -> PublishError {
+        for refusal in &refusals {
+            self.metrics.refusal(refusal.code);
+        }
+        self.events.warning(pod, "SealmountRefused", summary(&refusals));
+        PublishError::Refused(refusals)
+    }
+
+    fn slot(&self, id: &VolumeId) -> Arc<Slot> {
+        Arc::clone(locked(&self.slots).entry(id.clone()).or_insert_with(|| Slot::new(None, id)))
+    }
+
+    /// Forgets an empty slot, unless somebody else came for it meanwhile: they hold the same lock.
+    fn drop_slot(&self, id: &VolumeId) {
+        let mut slots = locked(&self.slots);
+        if slots.get(id).is_some_and(|slot| Arc::strong_count(slot) <= 2) {
+            slots.remove(id);
+        }
+    }
+
+    fn count(&self) {
+        let status = self.status();
+        let stale = status.iter().filter(|volume| volume.stale).count();
+        self.metrics.set_volumes(status.len(), stale, status.iter().map(|volume| volume.confirmed).min());
+    }
+}
+
+/// A volume found on the node at start. Its content is adopted as it is; how old it is, its note says.
+fn adopt(found: &OnNode) -> Volume {
+    let note: Option<Note> = postcard::from_bytes(&found.note).ok();
+    let since = UNIX_EPOCH + Duration::from_secs(found.since);
+    let confirmed = note.as_ref().map_or(since, |note| UNIX_EPOCH + Duration::from_secs(note.confirmed));
+    let (namespace, name, service_account) = note
+        .as_ref()
+        .map_or_else(Default::default, |note| (note.namespace.clone(), note.pod.clone(), note.service_account.clone()));
+    let interval = match &note {
+        // The claim is not known before the kubelet publishes again: until then nothing is due.
+        Some(note) if note.connection.is_some() => Interval::Never,
+        _ => Interval::Kubelet,
+    };
+    let age = confirmed.elapsed().unwrap_or_default();
+    let now = Instant::now();
+    let key = TagKey(found.key);
+    Volume {
+        pod: PodRef { namespace, name, uid: found.volume.pod.clone(), service_account },
+        owner: found.owner,
+        grant: None,
+        key,
+        tag: None,
+        secret_tag: None,
+        note,
+        since,
+        confirmed,
+        // A monotonic clock that began after the content was confirmed cannot say so: then it counts from now.
+        pace: Pace::new(interval, now.checked_sub(age).unwrap_or(now), jitter(&key)),
+        failing: None,
+        refused: None,
+        stale: false,
+        bytes: found.bytes,
+        generation: found.generation,
+    }
+}
+
+fn reads_vault(publish: &Publish) -> bool {
+    let files = publish.claim.files.as_ref();
+    files.is_some_and(|files| files.locations().any(|location| matches!(location, Location::Vault { .. })))
+}
+
+/// The connection's name, if any entry comes from Vault and the platform's file has it.
+fn connection(publish: &Publish, config: &Config) -> Option<String> {
+    let vault = reads_vault(publish).then(|| config.connection(&publish.claim));
+    vault.and_then(Result::ok).map(|connection| connection.name.clone())
+}
+
+/// What drives the volume's refreshes. An interval outside the connection's bounds is a fault of the pod's.
+fn interval(publish: &Publish, config: &Config) -> Result<Interval, PublishError> {
+    if !reads_vault(publish) {
+        return Ok(Interval::Kubelet);
+    }
+    let refresh = config.connection(&publish.claim).and_then(|connection| connection.refresh(&publish.claim));
+    match refresh.map_err(|fault| PublishError::Refused(vec![fault]))? {
+        Refresh::Every(every) => Ok(Interval::Every(every)),
+        Refresh::Never => Ok(Interval::Never),
+    }
+}
+
+fn bytes(payload: &Payload) -> u64 {
+    payload.files.iter().map(|(_, bytes)| bytes.len() as u64).sum()
+}
+
+fn tag_of(key: &TagKey, payload: &Payload) -> Tag {
+    key.tag(payload.files.iter().map(|(name, bytes)| (name.as_str(), bytes)))
+}
+
+fn secret_tag(key: &TagKey, publish: &Publish) -> Option<KnownTag> {
+    let secret = publish.secret.as_ref()?;
+    Some(KnownTag(key.tag(secret.iter().map(|(name, bytes)| (name.as_str(), bytes)))))
+}
+
+/// A part of the volume's random key serves as its jitter: volumes published together do not fetch together.
+fn jitter(key: &TagKey) -> u8 {
+    let [jitter, ..] = key.0;
+    jitter
+}
+
+fn unix(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+/// A panic while one of these short locks is held leaves a whole value behind, so its poison is no news.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

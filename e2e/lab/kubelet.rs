@@ -248,6 +248,17 @@ impl Kubelet {
     /// Waits for a registration socket and registers the driver behind it: GetInfo within one second, NodeGetInfo on
     /// the endpoint it names, then `Notify(true)`.
     pub async fn register(&self, within: Duration) -> io::Result<PluginInfo> {
+        // A socket that a dead driver left answers nobody; the reconciler tries again while it is there.
+        let end = Instant::now() + within;
+        loop {
+            match self.register_once(within).await {
+                Err(_) if Instant::now() < end => tokio::time::sleep(Duration::from_millis(20)).await,
+                done => return done,
+            }
+        }
+    }
+
+    async fn register_once(&self, within: Duration) -> io::Result<PluginInfo> {
         let socket = self.registration_socket(within).await?;
         let mut plugin = RegistrationClient::new(dial(&socket).await.map_err(io::Error::other)?);
         let info = tokio::time::timeout(INFO_TIMEOUT, plugin.get_info(InfoRequest {}))

@@ -7,5 +7,10 @@
 mod lab;
 
 mod broker;
+mod hostile;
+mod kill;
+mod life;
+mod many;
 mod pods;
+mod secret;
 mod vault;

@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags, SocketType, recvmsg, send, sockopt,
 };
+use rustix::rand::GetRandomFlags;
 use tokio::io::Interest;
 use tokio::net::UnixDatagram;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
@@ -159,6 +160,16 @@ impl Client {
     /// Says that both sockets are served now.
     pub async fn ready(&self) -> Result<(), ClientError> {
         self.call(self.id(), Verb::Ready).await.map(drop)
+    }
+
+    /// A key for a volume's first publish that nobody can guess. Asked of the kernel without a library between: what
+    /// falls back to /dev/urandom would find it closed.
+    pub fn new_key() -> Result<TagKey, ClientError> {
+        let mut key = [0; 32];
+        // Up to 256 bytes come whole (getrandom(2)).
+        rustix::rand::getrandom(&mut key, GetRandomFlags::empty())
+            .map_err(|error| ClientError::Work(format!("no random bytes: {error}")))?;
+        Ok(TagKey(key))
     }
 
     /// Publishes a volume, or swaps its content: [`Answer::Published`], [`Answer::Swapped`] or [`Answer::Unchanged`].

@@ -565,16 +565,18 @@ fn interval(seconds: RangeInclusive<u64>) -> impl Fn(&str, bool) -> Parsed<Durat
     }
 }
 
+/// A size such as `512KiB`, `64MiB`, `1GiB` or `4096`, in bytes; what the command line takes too.
+pub fn bytes(text: &str) -> Option<u64> {
+    let units = [("GiB", 1024 * MIB), ("MiB", MIB), ("KiB", KIB), ("", 1)];
+    let (number, unit) = units.iter().find_map(|(unit, bytes)| Some((text.strip_suffix(unit)?, bytes)))?;
+    let digits = !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit());
+    number.parse::<u64>().ok().filter(|_| digits)?.checked_mul(*unit)
+}
+
 fn size(range: RangeInclusive<u64>) -> impl Fn(&str, bool) -> Parsed<u64> {
     move |text, _| {
-        let units = [("GiB", 1024 * MIB), ("MiB", MIB), ("KiB", KIB), ("", 1)];
-        let unit = units.iter().find_map(|(unit, bytes)| Some((text.strip_suffix(unit)?, bytes)));
-        let bytes = unit.and_then(|(number, bytes)| {
-            let digits = !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit());
-            number.parse::<u64>().ok().filter(|_| digits)?.checked_mul(*bytes)
-        });
         let (least, most) = (range.start(), range.end());
-        bytes
+        bytes(text)
             .filter(|bytes| range.contains(bytes))
             .ok_or_else(|| format!("takes a size such as 512KiB or 1MiB, from {least} to {most} bytes"))
     }

@@ -1,9 +1,12 @@
 //! Pod facts from manifest files: for tests, for the demo, and where a pod is judged before there is a cluster.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fs;
 use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::Value;
@@ -14,26 +17,45 @@ use crate::request::PodRef;
 
 /// The longest manifest file that is read, in bytes: what a pod may have in the API server, four times over.
 const MAX_FILE: u64 = 6 * 1024 * 1024;
+/// The files that are read.
+const ENDS: [&str; 3] = ["yaml", "yml", "json"];
 
-/// A directory of `*.yaml`, `*.yml` and `*.json` files, read anew at each question. Documents of another kind than
-/// `Pod` are passed over.
+/// A directory of `*.yaml`, `*.yml` and `*.json` files. A file is read again when it changed; documents of another kind
+/// than `Pod` are passed over.
 #[derive(Debug)]
 pub struct Directory {
     path: PathBuf,
+    parsed: Mutex<HashMap<PathBuf, Parsed>>,
 }
+
+#[derive(Debug)]
+struct Parsed {
+    stamp: Stamp,
+    pods: Result<Vec<Described>, String>,
+}
+
+/// What a file that was replaced or written to does not keep.
+type Stamp = (u64, i64, i64, u64);
 
 impl Directory {
     pub(super) fn new(path: PathBuf) -> Self {
-        Self { path }
+        Self { path, parsed: Mutex::default() }
     }
 
     /// The pod with this UID; without one, another pod of that name, which the caller then finds replaced.
     pub(super) fn find(&self, pod: &PodRef) -> Result<Arc<PodFacts>, PodsError> {
+        // A file named by the pod's UID answers without a look at the others.
+        for end in ENDS {
+            let path = self.path.join(format!("{}.{end}", pod.uid));
+            if let Ok(Some(found)) = self.pods(&path, |found| found.uid == pod.uid.as_str()) {
+                return found.facts(pod);
+            }
+        }
         let away = |error| PodsError::Away(format!("{}: {error}", self.path.display()));
         let mut names: Vec<PathBuf> = Vec::new();
         for entry in fs::read_dir(&self.path).map_err(away)? {
             let path = entry.map_err(away)?.path();
-            if matches!(path.extension().and_then(|end| end.to_str()), Some("yaml" | "yml" | "json")) {
+            if path.extension().and_then(|end| end.to_str()).is_some_and(|end| ENDS.contains(&end)) {
                 names.push(path);
             }
         }
@@ -41,18 +63,11 @@ impl Directory {
         let mut namesake = None;
         let mut fault = None;
         for path in names {
-            match read(&path) {
-                Ok(pods) => {
-                    for found in pods {
-                        if (&found.namespace, &found.name) != (&pod.namespace, &pod.name) {
-                            continue;
-                        }
-                        if found.uid == pod.uid.as_str() {
-                            return found.facts(pod);
-                        }
-                        namesake = Some(found);
-                    }
-                }
+            let same_name = |found: &Described| found.namespace == pod.namespace && found.name == pod.name;
+            let exact = self.pods(&path, |found| same_name(found) && found.uid == pod.uid.as_str());
+            match exact {
+                Ok(Some(found)) => return found.facts(pod),
+                Ok(None) => namesake = self.pods(&path, same_name).ok().flatten().or(namesake),
                 // A broken file must not hide the pods of the others.
                 Err(error) => fault = fault.or_else(|| Some(format!("{}: {error}", path.display()))),
             }
@@ -62,6 +77,30 @@ impl Directory {
             (None, Some(fault)) => Err(PodsError::Unreadable { pod: pod.clone(), fault }),
             (None, None) => Err(PodsError::Unknown(pod.clone())),
         }
+    }
+
+    /// The first pod of a file that is wanted.
+    fn pods(&self, path: &Path, wanted: impl Fn(&Described) -> bool) -> Result<Option<Described>, String> {
+        // A panic elsewhere cannot leave the map half changed.
+        let mut parsed = self.parsed.lock().unwrap_or_else(PoisonError::into_inner);
+        let stat = match fs::metadata(path) {
+            Ok(stat) => stat,
+            Err(error) => {
+                parsed.remove(path);
+                return Err(error.to_string());
+            }
+        };
+        let stamp = (stat.ino(), stat.mtime(), stat.mtime_nsec(), stat.len());
+        let known = match parsed.entry(path.to_owned()) {
+            Entry::Occupied(known) if known.get().stamp == stamp => known.into_mut(),
+            Entry::Occupied(mut old) => {
+                old.insert(Parsed { stamp, pods: read(path) });
+                old.into_mut()
+            }
+            Entry::Vacant(new) => new.insert(Parsed { stamp, pods: read(path) }),
+        };
+        let pods = known.pods.as_ref().map_err(Clone::clone)?;
+        Ok(pods.iter().find(|found| wanted(found)).cloned())
     }
 }
 

@@ -3,6 +3,7 @@
 //! vaultrs gives the requests, rustify sends them through [`Session`], which is ours: `VaultClient::new` would read
 //! VAULT_* variables and panic on values from outside.
 
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -295,7 +296,8 @@ impl Policy<Call, Response<Body>, Failure> for Backoff {
 /// Between half of `wait` and all of it.
 pub(super) fn jittered(wait: Duration) -> Duration {
     // Without random numbers the waits are merely not spread.
-    let random = getrandom::u32().unwrap_or(u32::MAX);
+    // Each hasher of the standard library begins with other keys: enough for jitter, and no file is opened for it.
+    let random = u32::try_from(RandomState::new().build_hasher().finish() >> 32).unwrap_or(u32::MAX);
     let half = wait / 2;
     half.saturating_add(half.mul_f64(f64::from(random) / f64::from(u32::MAX)))
 }

@@ -1,0 +1,257 @@
+//! The driver's own life: registration, callers, the platform file, status, metrics, and what it says of itself.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use rustix::thread::set_thread_res_uid;
+use sealmount::csi::proto::csi::{GetPluginInfoRequest, ProbeRequest, identity_client::IdentityClient};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tonic::Code;
+
+use crate::lab::canary;
+use crate::lab::kubelet::{PodSpec, dial, inode};
+use crate::lab::node::{Node, Options, binary};
+use crate::secret::{pod, read};
+
+const SOON: Duration = Duration::from_secs(20);
+
+async fn until(what: &str, node: &Node, mut holds: impl AsyncFnMut() -> bool) {
+    let end = Instant::now() + SOON;
+    while !holds().await {
+        assert!(Instant::now() < end, "{what} did not come to hold:\n{}", node.log());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+pub(crate) fn status(node: &Node) -> String {
+    let out = Command::new(binary()).arg("status").arg("--csi-socket").arg(node.csi_socket()).output().unwrap();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    String::from_utf8(out.stdout).unwrap()
+}
+
+pub(crate) async fn metrics(node: &Node) -> String {
+    let mut stream = tokio::net::TcpStream::connect(node.metrics()).await.unwrap();
+    stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n").await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    answer
+}
+
+#[tokio::test]
+async fn a_socket_that_was_removed_comes_back_and_registers_again() {
+    let (node, kubelet) = Node::start(Options::new("version: 1\n")).await;
+    let pod = pod("kept");
+    kubelet.admit(&pod);
+    kubelet.publish(&pod, "creds").await.unwrap();
+    for socket in [kubelet.registration_socket(SOON).await.unwrap(), node.csi_socket()] {
+        let before = inode(&socket);
+        // Kept open by another name: an inode that is free may be given out again.
+        let kept = node.dir().join("kept");
+        fs::rename(&socket, &kept).unwrap();
+        until("a new socket", &node, async || inode(&socket).is_some_and(|now| Some(now) != before)).await;
+        kubelet.register(SOON).await.unwrap();
+        kubelet.publish(&pod, "creds").await.unwrap();
+        fs::remove_file(kept).unwrap();
+    }
+    assert_eq!(read(&kubelet, &pod, "username"), "app");
+}
+
+#[tokio::test]
+async fn a_refused_registration_is_tried_again_with_a_new_socket() {
+    let (node, kubelet) = Node::start(Options::new("version: 1\n")).await;
+    let socket = kubelet.registration_socket(SOON).await.unwrap();
+    let before = inode(&socket);
+    // Kept by another name: an inode that is free may be given out again.
+    fs::hard_link(&socket, node.dir().join("kept")).unwrap();
+    kubelet.refuse_registration(SOON, "no such CSIDriver").await.unwrap();
+    until("a new socket", &node, async || inode(&socket).is_some_and(|now| Some(now) != before)).await;
+    kubelet.register(SOON).await.unwrap();
+    assert!(node.log().contains("no such CSIDriver"), "{}", node.log());
+    assert!(status(&node).contains("registered, worker restarts 1"), "{}", status(&node));
+}
+
+#[tokio::test]
+async fn a_kubelet_that_restarts_registers_and_publishes_again() {
+    let (node, kubelet) = Node::start(Options::new("version: 1\n")).await;
+    let pod = pod("again");
+    kubelet.admit(&pod);
+    kubelet.publish(&pod, "creds").await.unwrap();
+    let restarted = node.kubelet();
+    restarted.register(SOON).await.unwrap();
+    restarted.publish(&pod, "creds").await.unwrap();
+    assert_eq!(node.mounts().len(), 1);
+    restarted.unpublish(&pod, "creds").await.unwrap();
+}
+
+#[tokio::test]
+async fn the_registration_socket_is_hidden_until_the_driver_serves() {
+    let node = Node::spawn(Options::new("version: 1\n"));
+    let kubelet = node.kubelet();
+    // The first connection that the registry's visible name allows is answered at once.
+    let info = kubelet.register(SOON).await.unwrap();
+    assert_eq!(info.endpoint, node.csi_socket().to_str().unwrap());
+    let names = fs::read_dir(node.registration_dir()).unwrap();
+    let names: Vec<_> = names.map(|name| name.unwrap().file_name().into_string().unwrap()).collect();
+    assert_eq!(names, ["csi.sealmount.io-reg.sock"]);
+}
+
+#[tokio::test]
+async fn only_root_may_call() {
+    let (node, _kubelet) = Node::start(Options::new("version: 1\n")).await;
+    let socket = node.csi_socket();
+    assert_eq!(fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
+    let mut identity = IdentityClient::new(dial(&socket).await.unwrap());
+    assert_eq!(identity.probe(ProbeRequest {}).await.unwrap().into_inner().ready, Some(true));
+    // Opened wide by mistake: the caller's credentials still tell.
+    let mut dir: &Path = &socket;
+    while let Some(parent) = dir.parent().filter(|parent| parent.starts_with(node.dir())) {
+        fs::set_permissions(parent, fs::Permissions::from_mode(0o755)).unwrap();
+        dir = parent;
+    }
+    fs::set_permissions(&socket, fs::Permissions::from_mode(0o666)).unwrap();
+    let answer = std::thread::spawn(move || {
+        let uid = rustix::process::Uid::from_raw(1000);
+        set_thread_res_uid(uid, uid, uid).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let mut identity = IdentityClient::new(dial(&socket).await.unwrap());
+            identity.get_plugin_info(GetPluginInfoRequest {}).await
+        })
+    });
+    assert_eq!(answer.join().unwrap().unwrap_err().code(), Code::PermissionDenied);
+}
+
+#[tokio::test]
+async fn a_bad_platform_file_keeps_the_old_one_and_says_so() {
+    let (node, kubelet) = Node::start(Options::new("version: 1\nlimits: {volume_bytes: 8KiB}\n")).await;
+    node.write_config("version: 1\nlimits: {volume_bytes: 8KiB, filse: 3}\nstale_aftre: 1m\n");
+    until("the fault", &node, async || status(&node).contains("was not taken")).await;
+    let log = node.log();
+    assert!(log.contains("filse") && log.contains("stale_aftre"), "all faults at once: {log}");
+    let large = PodSpec::new("large", "node-a").secret("db", &[("k", &"x".repeat(9000))]);
+    kubelet.admit(&large);
+    assert_eq!(kubelet.publish(&large, "creds").await.unwrap_err().code(), Code::InvalidArgument);
+    node.write_config("version: 1\nlimits: {volume_bytes: 16KiB}\n");
+    until("the new file", &node, async || !status(&node).contains("was not taken")).await;
+    kubelet.publish(&large, "creds").await.unwrap();
+    // SIGHUP reads it at once, without a change.
+    let reads = |node: &Node| node.log().matches("was read again").count();
+    let before = reads(&node);
+    node.signal(Signal::HUP);
+    until("a reload", &node, async || reads(&node) > before).await;
+}
+
+#[tokio::test]
+async fn without_a_valid_file_what_stands_is_kept_and_nothing_new_is_published() {
+    let (mut node, kubelet) = Node::start(Options::new("version: 1\n")).await;
+    let (old, new) = (pod("old"), pod("new"));
+    kubelet.admit(&old);
+    kubelet.admit(&new);
+    kubelet.publish(&old, "creds").await.unwrap();
+    node.write_config("version: 2\n");
+    node.restart(Signal::TERM);
+    kubelet.register(SOON).await.unwrap();
+    kubelet.publish(&old, "creds").await.unwrap();
+    assert_eq!(read(&kubelet, &old, "username"), "app");
+    let status = kubelet.publish(&new, "creds").await.unwrap_err();
+    assert_eq!(status.code(), Code::Unavailable, "{status:?}");
+    assert!(status.message().contains("platform file"), "{}", status.message());
+    kubelet.unpublish(&old, "creds").await.unwrap();
+}
+
+#[tokio::test]
+async fn check_config_prints_all_faults_and_fails() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("sealmount.yaml");
+    let check = || {
+        let out = Command::new(binary()).args(["node", "--check-config", "--config"]).arg(&file).output().unwrap();
+        (out.status.code(), String::from_utf8(out.stdout).unwrap())
+    };
+    fs::write(&file, "version: 1\nlimits: {filse: 3}\nstale_aftre: 1m\n").unwrap();
+    let (code, out) = check();
+    assert_eq!(code, Some(1));
+    assert!(out.contains("filse") && out.contains("stale_aftre") && out.contains("files"), "{out}");
+    fs::write(&file, "version: 1\n").unwrap();
+    assert_eq!(check().0, Some(0));
+}
+
+#[tokio::test]
+async fn facts_that_are_away_fail_the_new_and_keep_the_old() {
+    let (node, kubelet) = Node::start(Options::new("version: 1\n")).await;
+    let (old, new) = (pod("old"), pod("new"));
+    kubelet.admit(&old);
+    kubelet.publish(&old, "creds").await.unwrap();
+    kubelet.forget(&old);
+    kubelet.publish(&old, "creds").await.unwrap();
+    assert_eq!(read(&kubelet, &old, "username"), "app");
+    let status = kubelet.publish(&new, "creds").await.unwrap_err();
+    assert_eq!(status.code(), Code::Unavailable, "{status:?}");
+    assert_eq!(node.mounts().len(), 1);
+}
+
+#[tokio::test]
+async fn a_pod_replaced_by_one_of_its_name_is_refused() {
+    let (node, kubelet) = Node::start(Options::new("version: 1\n")).await;
+    let (first, second) = (pod("twin"), pod("twin"));
+    kubelet.admit(&second);
+    let status = kubelet.publish(&first, "creds").await.unwrap_err();
+    assert_eq!(status.code(), Code::FailedPrecondition, "{status:?}");
+    assert!(status.message().contains("another pod"), "{}", status.message());
+    assert_eq!(node.mounts().len(), 0);
+}
+
+#[tokio::test]
+async fn content_nobody_confirms_is_reported_as_stale_and_fresh_again() {
+    let (node, kubelet) = Node::start(Options::new("version: 1\nstale_after: 1s\n")).await;
+    let pod = pod("stale");
+    kubelet.admit(&pod);
+    kubelet.publish(&pod, "creds").await.unwrap();
+    until("stale", &node, async || status(&node).contains("STALE")).await;
+    assert!(metrics(&node).await.contains("sealmount_volumes_stale 1"), "{}", metrics(&node).await);
+    assert!(node.log().contains("SealmountStale"), "{}", node.log());
+    assert_eq!(read(&kubelet, &pod, "username"), "app");
+    kubelet.publish(&pod, "creds").await.unwrap();
+    assert!(!status(&node).contains("STALE"), "{}", status(&node));
+    assert!(metrics(&node).await.contains("sealmount_volumes_stale 0"));
+}
+
+/// Nothing the driver says or writes outside its volumes holds the needle.
+async fn kept_out(node: &Node, needle: &str) {
+    let places = [("log", node.log()), ("status", status(node)), ("metrics", metrics(node).await)];
+    for (place, text) in places {
+        assert!(!text.contains(needle), "{place} holds the canary:\n{text}");
+    }
+    for place in ["config", "manifests", "kubelet/plugins", "kubelet/plugins_registry", "node.log"] {
+        let found = canary::in_files(&node.dir().join(place), &[needle.as_bytes()]).unwrap();
+        assert_eq!(found, [0], "{place} holds the canary");
+    }
+}
+
+#[tokio::test]
+async fn no_canary_is_found_outside_the_volume_and_none_in_memory_afterwards() {
+    const NEEDLE: &str = "canary-3d94aa-zQ7wLx";
+    let (node, kubelet) = Node::start(Options::new("version: 1\nlog: {level: debug}\n")).await;
+    let secret = |name: &str| PodSpec::new(name, "node-a").secret("db", &[("username", "app"), ("password", NEEDLE)]);
+    let mut good = secret("good");
+    let bad = secret("bad").set("/spec/hostPID", true.into());
+    kubelet.admit(&good);
+    kubelet.admit(&bad);
+    kubelet.publish(&good, "creds").await.unwrap();
+    let status = kubelet.publish(&bad, "creds").await.unwrap_err();
+    assert!(!status.message().contains(NEEDLE), "{}", status.message());
+    kept_out(&node, NEEDLE).await;
+    good.secrets.get_mut("db").unwrap().insert("password".into(), format!("{NEEDLE}-2"));
+    kubelet.publish(&good, "creds").await.unwrap();
+    kubelet.unpublish(&good, "creds").await.unwrap();
+    kept_out(&node, NEEDLE).await;
+    let pids = [node.broker(), node.worker().unwrap()];
+    until("clean memory", &node, async || {
+        pids.iter().all(|pid| canary::in_memory(*pid, &[NEEDLE.as_bytes()]).unwrap() == [0])
+    })
+    .await;
+}
