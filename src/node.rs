@@ -249,7 +249,7 @@ fn load(path: Option<&Path>, health: &Health, metrics: &Metrics) -> Option<Confi
 
 /// What tells that the platform file, or a file beside it, is another one: a ConfigMap's update replaces all of them.
 fn fingerprint(config: &Path) -> Vec<(PathBuf, u64, i64, i64, u64)> {
-    let dir = config.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let dir = config.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
     let names = std::fs::read_dir(dir).into_iter().flatten().filter_map(Result::ok);
     let mut seen: Vec<_> = names
         .filter_map(|name| {

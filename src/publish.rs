@@ -38,7 +38,7 @@ const REFRESH_IN_CALL: Duration = Duration::from_secs(2);
 pub enum PublishError {
     /// The pod's facts are not to be had, or are another pod's.
     #[error(transparent)]
-    Pods(#[from] PodsError),
+    Pods(Box<PodsError>),
     /// The pod is built so that the promise cannot hold.
     #[error("{}", summary(.0))]
     Refused(Vec<Fault>),
@@ -197,7 +197,7 @@ impl Volume {
 }
 
 /// Everything a publish needs. Cheap to share, one a worker.
-#[derive(Debug)]
+#[allow(missing_debug_implementations)] // its sources hold logins
 pub struct Publisher {
     config: Mutex<Option<Arc<Config>>>,
     pods: Pods,
@@ -293,7 +293,7 @@ impl Publisher {
     /// The first publish: everything or an error, after which nothing is left.
     async fn first(&self, slot: &Slot, publish: &Publish) -> Result<Volume, PublishError> {
         let config = self.config()?;
-        let facts = self.pods.get(&publish.pod).await?;
+        let facts = self.pods.get(&publish.pod).await.map_err(|error| PublishError::Pods(Box::new(error)))?;
         let (grant, warnings) =
             policy::judge(&publish.volume, &publish.claim, &facts, &config.policy, SystemTime::now())
                 .map_err(|refusals| self.refused(&publish.pod, refusals))?;

@@ -30,6 +30,7 @@ enum Operation {
 struct Trap(Child);
 
 impl Trap {
+    #[allow(clippy::zombie_processes)] // waited for when dropped
     fn set(victim: u32, call: &str, nth: u32) -> Self {
         let trap = Command::new("strace")
             .args(["-f", "-qq", "-o", "/dev/null", "-e", &format!("trace={call}")])

@@ -212,12 +212,12 @@ async fn content_nobody_confirms_is_reported_as_stale_and_fresh_again() {
     kubelet.admit(&pod);
     kubelet.publish(&pod, "creds").await.unwrap();
     until("stale", &node, async || status(&node).contains("STALE")).await;
-    assert!(metrics(&node).await.contains("sealmount_volumes_stale 1"), "{}", metrics(&node).await);
+    assert!(metrics(&node).await.contains("sealmount_stale_volumes 1"), "{}", metrics(&node).await);
     assert!(node.log().contains("SealmountStale"), "{}", node.log());
     assert_eq!(read(&kubelet, &pod, "username"), "app");
     kubelet.publish(&pod, "creds").await.unwrap();
     assert!(!status(&node).contains("STALE"), "{}", status(&node));
-    assert!(metrics(&node).await.contains("sealmount_volumes_stale 0"));
+    assert!(metrics(&node).await.contains("sealmount_stale_volumes 0"));
 }
 
 /// Nothing the driver says or writes outside its volumes holds the needle.

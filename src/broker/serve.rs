@@ -44,6 +44,8 @@ const UPDATE_TIME: Duration = Duration::from_secs(5);
 const OVERWRITE_TIME: Duration = Duration::from_secs(1);
 /// How long a worker may take to end when asked.
 const STOP_TIME: Duration = Duration::from_secs(5);
+/// How long a worker that closed its socket may take to be gone.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 /// The first pause before a dead worker is started again; doubled up to `BACKOFF_MAX`, forgotten after `BACKOFF_RESET`.
 const BACKOFF: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
@@ -120,7 +122,7 @@ pub enum BrokerError {
 pub fn run(settings: Settings) -> Result<(), BrokerError> {
     harden::broker()?;
     let mut mask = SigSet::empty();
-    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGCHLD] {
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGCHLD] {
         mask.add(signal);
     }
     let system = |step: &'static str| move |error: io::Error| BrokerError::System(at(step)(error));
@@ -232,6 +234,12 @@ struct Worker {
     outbox: VecDeque<(Vec<u8>, Option<OwnedFd>)>,
 }
 
+impl Worker {
+    fn end_by(&mut self, time: Duration) {
+        self.kill_at.get_or_insert_with(|| Instant::now() + time);
+    }
+}
+
 /// A verb whose answer comes later: to which worker, and to which of its requests.
 #[derive(Debug, Clone, Copy)]
 struct Caller {
@@ -336,11 +344,16 @@ impl Broker {
         let _ = poll(&mut fds, timeout.as_ref()); // whatever it says, the tending looks for itself
         let ready = fds.get(1).is_some_and(|fd| !fd.revents().is_empty());
         while let Ok(Some(signal)) = self.signals.read_signal() {
-            if i32::try_from(signal.ssi_signo).is_ok_and(|number| number != Signal::SIGCHLD as i32) {
-                info!("ending; the volumes stay");
-                self.stop_by.get_or_insert_with(|| Instant::now() + STOP_TIME);
-                self.registration.remove(); // the kubelet takes the driver off its list
-                self.stop_worker();
+            match i32::try_from(signal.ssi_signo).ok().and_then(|number| Signal::try_from(number).ok()) {
+                Some(Signal::SIGTERM | Signal::SIGINT) => {
+                    info!("ending; the volumes stay");
+                    self.stop_by.get_or_insert_with(|| Instant::now() + STOP_TIME);
+                    self.registration.remove(); // the kubelet takes the driver off its list
+                    self.stop_worker();
+                }
+                // The platform's file is the worker's.
+                Some(Signal::SIGHUP) => self.signal_worker(rustix::process::Signal::HUP),
+                _ => {}
             }
         }
         ready
@@ -379,10 +392,15 @@ impl Broker {
 
     fn stop_worker(&mut self) {
         if let Some(worker) = self.worker.as_mut().filter(|worker| worker.kill_at.is_none()) {
-            worker.kill_at = Some(Instant::now() + STOP_TIME);
-            if let Some(pid) = i32::try_from(worker.child.id()).ok().and_then(Pid::from_raw) {
-                let _ = kill_process(pid, rustix::process::Signal::TERM);
-            }
+            worker.end_by(STOP_TIME);
+            self.signal_worker(rustix::process::Signal::TERM);
+        }
+    }
+
+    fn signal_worker(&self, signal: rustix::process::Signal) {
+        let pid = self.worker.as_ref().and_then(|worker| i32::try_from(worker.child.id()).ok());
+        if let Some(pid) = pid.and_then(Pid::from_raw) {
+            let _ = kill_process(pid, signal);
         }
     }
 
@@ -406,7 +424,8 @@ impl Broker {
             let _ = worker.child.kill();
         }
         let Ok(Some(status)) = worker.child.try_wait() else { return false };
-        let (asked, up) = (worker.kill_at.is_some(), worker.born.elapsed());
+        // One that closed its socket by itself was not asked to end.
+        let (asked, up) = (worker.kill_at.is_some() && worker.socket.is_some(), worker.born.elapsed());
         self.worker = None; // and with it its work tmpfs
         if up >= BACKOFF_RESET {
             self.backoff = BACKOFF;
@@ -474,8 +493,9 @@ impl Broker {
                 Ok((_, length)) if length > 0 => length,
                 Err(Errno::AGAIN | Errno::INTR) => return,
                 _ => {
-                    let _ = worker.child.kill(); // deaf, it is of no use
+                    // Deaf, it is of no use; but it may be on its way out, and its exit code says why.
                     worker.socket = None;
+                    worker.end_by(LAST_WORDS);
                     return;
                 }
             };

@@ -128,6 +128,7 @@ fn worker_args(flags: &Flags) -> Vec<OsString> {
 
 /// The worker's whole environment: how a pod finds the API server. Nothing else there changes what it does: no proxy,
 /// no address or token of Vault's.
+#[allow(clippy::disallowed_methods)] // the only two it takes
 fn worker_env() -> Vec<(OsString, OsString)> {
     ["KUBERNETES_SERVICE_HOST", "KUBERNETES_SERVICE_PORT"]
         .into_iter()

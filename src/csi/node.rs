@@ -20,7 +20,7 @@ use crate::metrics::{Metrics, Outcome};
 use crate::publish::Publisher;
 
 /// The service of one worker.
-#[derive(Debug)]
+#[allow(missing_debug_implementations)] // its publisher holds logins
 pub struct NodeService {
     /// What a call is checked against.
     pub node: parse::Node,

@@ -32,7 +32,7 @@ fn code(error: &PublishError) -> Code {
             Blame::Platform => Code::FailedPrecondition,
             Blame::Away(_) => Code::Unavailable,
         },
-        PublishError::Pods(error) => match error {
+        PublishError::Pods(error) => match **error {
             PodsError::Away(_) | PodsError::Unknown(_) => Code::Unavailable,
             PodsError::Replaced { .. } | PodsError::Elsewhere { .. } | PodsError::Unreadable { .. } => {
                 Code::FailedPrecondition
