@@ -112,7 +112,7 @@ impl Bench {
     allow:
     - {{namespaces: [payments], service_accounts: ["*"], roles: [bench], paths: ["secret/data/bench/*"], methods: [read]}}
     # The limits are not what is measured.
-    requests: {{at_once: 64, per_second: 100000}}"#,
+    requests: {{at_once: 64, per_second: 10000}}"#,
                 address = self.bao.address(),
             )
         };
