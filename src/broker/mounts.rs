@@ -5,6 +5,7 @@ use std::ffi::c_int;
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::Path;
 use std::{io, ptr};
 
 use rustix::fs::fstatfs;
@@ -14,42 +15,37 @@ use rustix::mount::{
     fsconfig_set_string, fsmount, fsopen, fspick,
 };
 
-/// What a tmpfs is made with.
-pub(crate) struct Tmpfs {
-    /// Shown by mountinfo; how ours are known.
-    pub(crate) source: &'static str,
-    pub(crate) size: u64,
-    pub(crate) inodes: u64,
-    /// Of its root.
-    pub(crate) mode: &'static str,
-    pub(crate) uid: u32,
-    pub(crate) gid: u32,
-    /// Keep its pages out of swap (Linux 6.4).
-    pub(crate) noswap: bool,
-}
+use crate::request::Owner;
 
-/// A new tmpfs as a detached mount, which nobody but the holder of the descriptor (O_PATH) can reach.
-pub(crate) fn tmpfs(spec: &Tmpfs) -> rustix::io::Result<OwnedFd> {
+/// A new tmpfs as a detached mount, which nobody but the holder of the descriptor (O_PATH) can reach. `source` is what
+/// mountinfo shows, `room` its size in bytes and its inodes; mode and owner are its root's; `noswap` keeps its pages out
+/// of swap (Linux 6.4).
+pub(crate) fn tmpfs(
+    source: &str,
+    room: (u64, u64),
+    mode: &str,
+    owner: Owner,
+    noswap: bool,
+) -> rustix::io::Result<OwnedFd> {
     let fs = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
     let set = |key: &str, value: &str| fsconfig_set_string(fs.as_fd(), key, value);
-    set("source", spec.source)?;
-    set("size", &spec.size.to_string())?;
-    set("nr_inodes", &spec.inodes.to_string())?;
-    set("mode", spec.mode)?;
-    set("uid", &spec.uid.to_string())?;
-    set("gid", &spec.gid.to_string())?;
+    set("source", source)?;
+    set("size", &room.0.to_string())?;
+    set("nr_inodes", &room.1.to_string())?;
+    set("mode", mode)?;
+    set("uid", &owner.uid.to_string())?;
+    set("gid", &owner.gid.to_string())?;
     set("huge", "never")?;
-    if spec.noswap {
+    if noswap {
         fsconfig_set_flag(fs.as_fd(), "noswap")?;
     }
-    if std::path::Path::new("/sys/fs/selinux/enforce").exists() {
+    if Path::new("/sys/fs/selinux/enforce").exists() {
         // Containers may read this type; without it a read-only volume keeps tmpfs_t, which they may not.
         set("context", "system_u:object_r:container_file_t:s0")?;
     }
     fsconfig_create(fs.as_fd())?;
-    let attributes =
-        MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC;
-    fsmount(fs.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)
+    let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
+    fsmount(fs.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes | MountAttrFlags::MOUNT_ATTR_NOEXEC)
 }
 
 /// Whether this kernel knows tmpfs' `noswap` (Linux 6.4).
@@ -62,10 +58,10 @@ pub(crate) fn knows_noswap() -> rustix::io::Result<bool> {
 }
 
 /// Changes size and inodes of the superblock below `mount`; works under a read-only mount.
-pub(crate) fn resize(mount: impl AsFd, size: u64, inodes: u64) -> rustix::io::Result<()> {
+pub(crate) fn resize(mount: impl AsFd, room: (u64, u64)) -> rustix::io::Result<()> {
     let fs = fspick(mount, "", FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_EMPTY_PATH)?;
-    fsconfig_set_string(fs.as_fd(), "size", size.to_string())?;
-    fsconfig_set_string(fs.as_fd(), "nr_inodes", inodes.to_string())?;
+    fsconfig_set_string(fs.as_fd(), "size", room.0.to_string())?;
+    fsconfig_set_string(fs.as_fd(), "nr_inodes", room.1.to_string())?;
     fsconfig_reconfigure(fs.as_fd())
 }
 
@@ -130,7 +126,7 @@ pub(crate) fn usage(fd: impl AsFd) -> rustix::io::Result<Usage> {
     })
 }
 
-/// One line of /proc/self/mountinfo (proc_pid_mountinfo(5)).
+/// One line of /proc/self/mountinfo (proc_pid_mountinfo(5)), as written there: compare with [`escape`]d text.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct MountLine {
     pub(crate) id: u64,
@@ -150,37 +146,17 @@ pub(crate) fn mounts(below: &str) -> io::Result<Vec<MountLine>> {
 fn parse_mountinfo(text: &[u8], below: &str) -> Vec<MountLine> {
     let text = String::from_utf8_lossy(text); // a path that is not UTF-8 is not ours
     let line = |line: &str| {
-        let mut fields = line.split(' ');
-        let id = fields.next()?.parse().ok()?;
-        let root = unescape(fields.nth(2)?);
-        let point = unescape(fields.next()?);
-        if !point.starts_with(below) {
-            return None;
-        }
-        let mut rest = fields.skip_while(|field| *field != "-").skip(1);
-        Some(MountLine { id, root, point, fs: unescape(rest.next()?), source: unescape(rest.next()?) })
+        let mut fields = line.split(' ').map(str::to_owned);
+        let (id, root, point) = (fields.next()?.parse().ok()?, fields.nth(2)?, fields.next()?);
+        let mut rest = fields.skip_while(|field| field != "-").skip(1);
+        point.starts_with(below).then_some(MountLine { id, root, point, fs: rest.next()?, source: rest.next()? })
     };
     text.lines().filter_map(line).collect()
 }
 
-/// Undoes the kernel's `\040` form.
-fn unescape(field: &str) -> String {
-    let mut text = String::with_capacity(field.len());
-    let mut rest = field;
-    while let Some((before, after)) = rest.split_once('\\') {
-        text.push_str(before);
-        match after.get(..3).and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
-            Some(byte) if byte.is_ascii() => {
-                text.push(char::from(byte));
-                rest = after.get(3..).unwrap_or_default();
-            }
-            _ => {
-                text.push('\\');
-                rest = after;
-            }
-        }
-    }
-    text + rest
+/// A path as mountinfo writes it.
+pub(crate) fn escape(path: &str) -> String {
+    path.replace('\\', "\\134").replace(' ', "\\040").replace('\t', "\\011").replace('\n', "\\012")
 }
 
 #[cfg(test)]
@@ -202,8 +178,8 @@ mod tests {
             fs: fs.into(),
             source: source.into(),
         };
-        let first = line(36, "/mnt1", "/k/a b", "ext4", "/dev/root");
+        let first = line(36, "/mnt1", &escape("/k/a b"), "ext4", "/dev/root");
         assert_eq!(lines, [first, line(37, "/", "/k/c", "tmpfs", "sealmount")]);
-        assert_eq!(unescape("a\\134b\\9\\04"), "a\\b\\9\\04");
+        assert_eq!(escape("a\\b\tc\n"), "a\\134b\\011c\\012");
     }
 }

@@ -27,16 +27,16 @@ use rustix::process::{Pid, kill_process, umask};
 use tracing::{error, info, warn};
 
 use super::layout::Layout;
-use super::mounts::{Tmpfs, knows_noswap, refuse_descriptors, tmpfs, usage};
+use super::mounts::{knows_noswap, refuse_descriptors, tmpfs, usage};
 use super::volume::{
-    Fork, Kubelet, Mounted, Place, annotate, at, detach, fork, overwrite, publish, remove_bare, tidy, update,
+    At, Content, Fork, Kubelet, Mounted, Place, annotate, detach, fork, overwrite, publish, remove_bare, tidy, update,
 };
 use super::wire::{
-    Answer, Commit, Denied, MAX_PACKET, PAGE, Reply, Request, Standing, Verb, decode, encode, request_id,
+    Answer, Commit, Denied, MAX_PACKET, PAGE, Reply, Request, Standing, Verb, WireError, decode, encode, request_id,
 };
 use super::{INHERITED, REGISTRATION_REFUSED, WORKER_UID};
 use crate::harden;
-use crate::request::{DRIVER, VolumeId};
+use crate::request::{DRIVER, Owner, VolumeId};
 
 /// An update that takes longer waits for an application's lock.
 const UPDATE_TIME: Duration = Duration::from_secs(5);
@@ -44,8 +44,6 @@ const UPDATE_TIME: Duration = Duration::from_secs(5);
 const OVERWRITE_TIME: Duration = Duration::from_secs(1);
 /// How long a worker may take to end when asked.
 const STOP_TIME: Duration = Duration::from_secs(5);
-/// How long a worker that closed its socket may take to be gone.
-const LAST_WORDS: Duration = Duration::from_secs(1);
 /// The first pause before a dead worker is started again; doubled up to `BACKOFF_MAX`, forgotten after `BACKOFF_RESET`.
 const BACKOFF: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
@@ -83,58 +81,32 @@ pub enum BrokerError {
     /// Secrets could reach a disk.
     #[error("swap is on and this kernel's tmpfs has no noswap (Linux 6.4): turn swap off, or start with --allow-swap")]
     Swap,
-    /// The kernel lacks something every volume needs.
-    #[error(
-        "{feature} does not work here ({error}): Linux 5.15 or later, as root in the first user namespace, is needed"
-    )]
-    Kernel {
-        /// What.
-        feature: &'static str,
-        /// How it failed.
-        error: io::Error,
-    },
-    /// The kubelet's directory cannot be used.
-    #[error("--kubelet-dir {}: {error}", path.display())]
-    KubeletDir {
+    /// A path of the settings cannot be used.
+    #[error("{}: {error}", path.display())]
+    Path {
         /// The path.
         path: PathBuf,
         /// Why.
         error: io::Error,
     },
-    /// A socket cannot be bound.
-    #[error("cannot bind {}: {error}", path.display())]
-    Socket {
-        /// Its path.
-        path: PathBuf,
-        /// Why.
-        error: io::Error,
-    },
-    /// A socket's path is too long for an address.
-    #[error("{} is longer than the 107 bytes a socket's address holds: use a shorter path", .0.display())]
-    PathTooLong(PathBuf),
-    /// A system call failed.
-    #[error("{0}")]
-    System(Denied),
+    /// The kernel refused something every broker needs.
+    #[error("{0}; Linux 5.15 or later is needed, and root in the first user namespace")]
+    System(#[from] Denied),
 }
 
 /// Becomes the broker: returns after SIGTERM or SIGINT, or if it cannot start. Volumes stay in either case. To be
 /// called before the process has a second thread.
 pub fn run(settings: Settings) -> Result<(), BrokerError> {
     harden::broker()?;
-    let mut mask = SigSet::empty();
-    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGCHLD] {
-        mask.add(signal);
-    }
-    let system = |step: &'static str| move |error: io::Error| BrokerError::System(at(step)(error));
-    mask.thread_block().map_err(|error| system("block signals")(error.into()))?;
-    let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
-    let signals = SignalFd::with_flags(&mask, flags).map_err(|error| system("make a signalfd")(error.into()))?;
-
+    let mask: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGCHLD].into_iter().collect();
+    mask.thread_block().at("block signals")?;
+    let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).at("make a signalfd")?;
     let noswap = swap_is_safe(settings.allow_swap)?;
     let kubelet = Kubelet::open(&settings.kubelet_dir)
-        .map_err(|error| BrokerError::KubeletDir { path: settings.kubelet_dir.clone(), error })?;
+        .map_err(|error| BrokerError::Path { path: settings.kubelet_dir.clone(), error })?;
     let csi = Endpoint::bind(&settings.csi_socket)?;
     let registration = Endpoint::bind(&hidden(&settings.registration_dir))?;
+    let now = Instant::now();
     let mut broker = Broker {
         settings,
         kubelet,
@@ -147,18 +119,18 @@ pub fn run(settings: Settings) -> Result<(), BrokerError> {
         worker: None,
         starts: 0,
         backoff: BACKOFF,
-        start_at: Instant::now(),
-        next_check: Instant::now(),
-        stop_by: None,
+        start_at: now,
+        next_check: now,
+        stopping: false,
     };
-    broker.relearn().map_err(system("read /proc/self/mountinfo"))?;
-    broker.serve()
+    broker.relearn()?;
+    broker.serve();
+    Ok(())
 }
 
 /// Whether volumes can be kept out of swap; an error if secrets could reach a disk and nobody allowed it.
 fn swap_is_safe(allow_swap: bool) -> Result<bool, BrokerError> {
-    let noswap = knows_noswap()
-        .map_err(|error| BrokerError::Kernel { feature: "making a tmpfs with fsopen", error: error.into() })?;
+    let noswap = knows_noswap().at("make a tmpfs with fsopen")?;
     if !noswap {
         warn!("this kernel's tmpfs has no noswap (Linux 6.4)");
         // One line is the heading; no file at all is a kernel without swap.
@@ -176,7 +148,6 @@ fn hidden(dir: &Path) -> PathBuf {
 }
 
 /// A listening socket and the file it was bound to.
-#[derive(Debug)]
 struct Endpoint {
     path: PathBuf,
     inode: (u64, u64),
@@ -185,32 +156,27 @@ struct Endpoint {
 
 impl Endpoint {
     fn bind(path: &Path) -> Result<Self, BrokerError> {
-        if path.as_os_str().len() > 107 {
-            return Err(BrokerError::PathTooLong(path.to_owned()));
-        }
-        let socket = |error| BrokerError::Socket { path: path.to_owned(), error };
-        match fs::remove_file(path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(socket(error)),
-            _ => {}
-        }
-        let before = umask(Mode::RWXG | Mode::RWXO | Mode::XUSR); // 0600 from the first moment on
-        let listener = UnixListener::bind(path);
-        umask(before);
-        let listener = listener.map_err(socket)?;
-        listener.set_nonblocking(true).map_err(socket)?;
-        let stat = fs::symlink_metadata(path).map_err(socket)?;
-        Ok(Self { path: path.to_owned(), inode: (stat.dev(), stat.ino()), listener })
+        let bind = || {
+            if path.as_os_str().len() > 107 {
+                return Err(io::Error::other("longer than the 107 bytes a socket's address holds: use a shorter path"));
+            }
+            match fs::remove_file(path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+            let before = umask(Mode::RWXG | Mode::RWXO | Mode::XUSR); // 0600 from the first moment on
+            let listener = UnixListener::bind(path);
+            umask(before);
+            let (listener, stat) = (listener?, fs::symlink_metadata(path)?);
+            listener.set_nonblocking(true)?;
+            Ok(Self { path: path.to_owned(), inode: (stat.dev(), stat.ino()), listener })
+        };
+        bind().map_err(|error| BrokerError::Path { path: path.to_owned(), error })
     }
 
     /// Whether the path still leads to this socket.
     fn stands(&self) -> bool {
         fs::symlink_metadata(&self.path).is_ok_and(|stat| (stat.dev(), stat.ino()) == self.inode)
-    }
-
-    fn rename(&mut self, path: PathBuf) -> io::Result<()> {
-        fs::rename(&self.path, &path)?;
-        self.path = path;
-        Ok(())
     }
 
     fn remove(&self) {
@@ -220,7 +186,6 @@ impl Endpoint {
     }
 }
 
-#[derive(Debug)]
 struct Worker {
     child: Child,
     /// `None` once it closed its end, and is being killed for it.
@@ -234,44 +199,32 @@ struct Worker {
     outbox: VecDeque<(Vec<u8>, Option<OwnedFd>)>,
 }
 
-impl Worker {
-    fn end_by(&mut self, time: Duration) {
-        self.kill_at.get_or_insert_with(|| Instant::now() + time);
-    }
-}
-
 /// A verb whose answer comes later: to which worker, and to which of its requests.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 struct Caller {
     start: u64,
     id: u64,
 }
 
-#[derive(Debug)]
+/// A child at work, and what is to be done when it ended.
 struct Pending {
     fork: Fork,
     volume: VolumeId,
-    /// When it is given up and killed; `None`: that was done.
-    deadline: Option<Instant>,
-    then: Then,
-}
-
-#[derive(Debug)]
-enum Then {
-    /// Answer so if it went well.
-    Answer(Caller, Answer),
-    /// Take the volume away, whatever came of it.
-    Detach(Caller, Box<Mounted>),
-    /// Leftovers were cleaned.
-    Nothing,
+    /// When it is given up and killed.
+    deadline: Instant,
+    given_up: bool,
     /// The volume is gone: it works on a superblock nobody reaches.
-    Orphaned,
+    orphaned: bool,
+    caller: Waiting,
+    /// The volume to take away afterwards, whatever came of it.
+    detach: Option<Box<Mounted>>,
 }
 
+/// Who waits for a child, and what to say if it went well.
+type Waiting = Option<(Caller, Answer)>;
 /// An answer now, or `None` if it comes later.
 type Verdict = Result<Option<Answer>, Denied>;
 
-#[derive(Debug)]
 struct Broker {
     settings: Settings,
     kubelet: Kubelet,
@@ -286,74 +239,58 @@ struct Broker {
     backoff: Duration,
     start_at: Instant,
     next_check: Instant,
-    stop_by: Option<Instant>,
+    stopping: bool,
 }
 
 impl Broker {
     /// Learns what stands after a restart. Leftovers are removed by children, as an application can hold a lock.
-    fn relearn(&mut self) -> io::Result<()> {
-        for volume in self.kubelet.candidates()? {
-            match self.kubelet.place(&volume) {
-                Ok(Place::Ours(mounted)) => {
-                    self.remember(&mounted);
-                    self.tidy(mounted);
-                }
-                Ok(_) => {}
-                Err(denied) => warn!(%volume, %denied, "left alone"),
-            }
+    fn relearn(&mut self) -> Result<(), Denied> {
+        for volume in self.kubelet.candidates().at("read /proc/self/mountinfo")? {
+            self.tidy(&volume);
         }
         info!(volumes = self.volumes.len(), "learned what stands");
         let until = Instant::now() + OVERWRITE_TIME;
         while !self.forks.is_empty() && Instant::now() < until {
-            self.wait(Some(until));
+            self.wait(until);
             self.tend_forks();
         }
         Ok(())
     }
 
-    fn serve(mut self) -> Result<(), BrokerError> {
+    fn serve(mut self) {
         let mut packet = vec![0; MAX_PACKET];
-        loop {
+        while !(self.stopping && self.worker.is_none()) {
             self.tend_forks();
             self.tend_sockets();
-            if self.tend_worker() {
-                self.registration.remove();
-                self.csi.remove();
-                return Ok(());
-            }
-            if self.wait(None) {
+            self.tend_worker();
+            if self.wait(self.next_check) {
                 self.receive(&mut packet);
             }
             self.flush();
         }
+        self.registration.remove();
+        self.csi.remove();
     }
 
     /// Waits for a signal, the worker, or the next thing that is due. Whether the worker has something to say.
-    fn wait(&mut self, until: Option<Instant>) -> bool {
-        let now = Instant::now();
-        let due = [Some(self.next_check), until, self.stop_by, self.worker.as_ref().and_then(|worker| worker.kill_at)];
-        let due = due.into_iter().flatten().chain(self.forks.iter().filter_map(|pending| pending.deadline));
-        let due = due.chain(self.worker.is_none().then_some(self.start_at)).min().unwrap_or(now);
-        let timeout = Timespec::try_from(due.saturating_duration_since(now) + Duration::from_millis(1)).ok();
+    fn wait(&mut self, until: Instant) -> bool {
+        let worker = self.worker.as_ref();
+        let start = worker.map_or(Some(self.start_at), |worker| worker.kill_at);
+        let forks = self.forks.iter().filter(|pending| !pending.given_up).map(|pending| pending.deadline);
+        let due = forks.chain(start).fold(until, Instant::min).saturating_duration_since(Instant::now());
+        let timeout = Timespec::try_from(due + Duration::from_millis(1)).ok(); // rounded up: not before it is due
         let mut fds = vec![PollFd::new(&self.signals, PollFlags::IN)];
-        if let Some(worker) = &self.worker
-            && let Some(socket) = &worker.socket
-        {
+        if let Some((worker, socket)) = worker.and_then(|worker| Some((worker, worker.socket.as_ref()?))) {
             fds.push(PollFd::new(socket, if worker.outbox.is_empty() { PollFlags::IN } else { PollFlags::OUT }));
         }
         let _ = poll(&mut fds, timeout.as_ref()); // whatever it says, the tending looks for itself
         let ready = fds.get(1).is_some_and(|fd| !fd.revents().is_empty());
         while let Ok(Some(signal)) = self.signals.read_signal() {
-            match i32::try_from(signal.ssi_signo).ok().and_then(|number| Signal::try_from(number).ok()) {
-                Some(Signal::SIGTERM | Signal::SIGINT) => {
-                    info!("ending; the volumes stay");
-                    self.stop_by.get_or_insert_with(|| Instant::now() + STOP_TIME);
-                    self.registration.remove(); // the kubelet takes the driver off its list
-                    self.stop_worker();
-                }
-                // The platform's file is the worker's.
-                Some(Signal::SIGHUP) => self.signal_worker(rustix::process::Signal::HUP),
-                _ => {}
+            if i32::try_from(signal.ssi_signo) != Ok(Signal::SIGCHLD as i32) {
+                info!("ending; the volumes stay");
+                self.stopping = true;
+                self.registration.remove(); // the kubelet takes the driver off its list
+                self.stop_worker();
             }
         }
         ready
@@ -367,10 +304,7 @@ impl Broker {
             return;
         }
         self.next_check = Instant::now() + Duration::from_secs(1);
-        if self.stop_by.is_some() {
-            return;
-        }
-        if !self.csi.stands() || !self.registration.stands() {
+        if !(self.stopping || self.csi.stands() && self.registration.stands()) {
             warn!("a socket was removed or replaced: binding both anew");
             self.rebind();
             self.stop_worker();
@@ -392,24 +326,18 @@ impl Broker {
 
     fn stop_worker(&mut self) {
         if let Some(worker) = self.worker.as_mut().filter(|worker| worker.kill_at.is_none()) {
-            worker.end_by(STOP_TIME);
-            self.signal_worker(rustix::process::Signal::TERM);
+            worker.kill_at = Some(Instant::now() + STOP_TIME);
+            if let Some(pid) = i32::try_from(worker.child.id()).ok().and_then(Pid::from_raw) {
+                let _ = kill_process(pid, rustix::process::Signal::TERM);
+            }
         }
     }
 
-    fn signal_worker(&self, signal: rustix::process::Signal) {
-        let pid = self.worker.as_ref().and_then(|worker| i32::try_from(worker.child.id()).ok());
-        if let Some(pid) = pid.and_then(Pid::from_raw) {
-            let _ = kill_process(pid, signal);
-        }
-    }
-
-    /// Starts, ends and buries the worker. True when it is dead and stays so.
-    fn tend_worker(&mut self) -> bool {
+    /// Starts, ends and buries the worker.
+    fn tend_worker(&mut self) {
         let now = Instant::now();
-        let stopping = self.stop_by.is_some();
         let Some(worker) = &mut self.worker else {
-            if !stopping && now >= self.start_at {
+            if !self.stopping && now >= self.start_at {
                 match self.start_worker() {
                     Ok(worker) => self.worker = Some(worker),
                     Err(denied) => {
@@ -418,31 +346,23 @@ impl Broker {
                     }
                 }
             }
-            return stopping;
+            return;
         };
         if worker.kill_at.is_some_and(|at| now >= at) {
             let _ = worker.child.kill();
         }
-        let Ok(Some(status)) = worker.child.try_wait() else { return false };
-        // One that closed its socket by itself was not asked to end.
-        let (asked, up) = (worker.kill_at.is_some() && worker.socket.is_some(), worker.born.elapsed());
-        self.worker = None; // and with it its work tmpfs
-        if up >= BACKOFF_RESET {
+        let Ok(Some(status)) = worker.child.try_wait() else { return };
+        if worker.born.elapsed() >= BACKOFF_RESET {
             self.backoff = BACKOFF;
         }
-        if stopping {
-            return true;
-        }
-        if asked {
-            self.start_at = now;
-        } else {
+        if worker.kill_at.is_none() {
             error!(%status, "the worker ended; the volumes stay");
             self.pause();
         }
+        self.worker = None; // and with it its work tmpfs
         if status.code() == Some(i32::from(REGISTRATION_REFUSED)) {
             self.rebind();
         }
-        false
     }
 
     fn pause(&mut self) {
@@ -452,15 +372,14 @@ impl Broker {
 
     fn start_worker(&mut self) -> Result<Worker, Denied> {
         let pages = self.settings.work_bytes.div_ceil(4096);
-        let (size, inodes) = (self.settings.work_bytes, pages.saturating_add(64));
-        let (uid, gid, noswap) = (WORKER_UID, WORKER_UID, self.noswap);
-        let spec = Tmpfs { source: "sealmount-work", size, inodes, mode: "0700", uid, gid, noswap };
-        let mount = tmpfs(&spec).map_err(at("make the work tmpfs"))?;
+        let room = (self.settings.work_bytes, pages.saturating_add(64));
+        let owner = Owner { uid: WORKER_UID, gid: WORKER_UID };
+        let mount = tmpfs("sealmount-work", room, "0700", owner, self.noswap).at("make the work tmpfs")?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let work = openat(&mount, ".", flags, Mode::empty()).map_err(at("open the work tmpfs"))?;
+        let work = openat(&mount, ".", flags, Mode::empty()).at("open the work tmpfs")?;
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let (socket, theirs) =
-            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).map_err(at("make a socket pair"))?;
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).at("make a socket pair")?;
         if let Err(error) = refuse_descriptors(&socket)
             && self.starts == 0
         {
@@ -472,14 +391,14 @@ impl Broker {
         let given = [theirs.as_fd(), self.csi.listener.as_fd(), self.registration.listener.as_fd(), work.as_fd()];
         let mut copies = Vec::new();
         for fd in given {
-            copies.push(rustix::io::dup(fd).map_err(at("copy a descriptor"))?);
+            copies.push(rustix::io::dup(fd).at("copy a descriptor")?);
         }
         let numbers: Vec<_> = copies.iter().map(|fd| fd.as_raw_fd().to_string()).collect();
         let inherited = format!("{}:{}:{}", std::process::id(), self.starts, numbers.join(","));
         let mut command = Command::new(&self.settings.worker);
         command.args(&self.settings.worker_args).env_clear().envs(self.settings.worker_env.iter().cloned());
         command.env(INHERITED, inherited).stdin(Stdio::null()).uid(WORKER_UID).gid(WORKER_UID);
-        let child = command.spawn().map_err(at("start the worker"))?;
+        let child = command.spawn().at("start the worker")?;
         Ok(Worker { child, socket: Some(socket), work, born: Instant::now(), kill_at: None, outbox: VecDeque::new() })
     }
 
@@ -493,17 +412,15 @@ impl Broker {
                 Ok((_, length)) if length > 0 => length,
                 Err(Errno::AGAIN | Errno::INTR) => return,
                 _ => {
-                    // Deaf, it is of no use; but it may be on its way out, and its exit code says why.
+                    let _ = worker.child.kill(); // deaf, it is of no use
                     worker.socket = None;
-                    worker.end_by(LAST_WORDS);
                     return;
                 }
             };
             let packet = buffer.get(..length.min(MAX_PACKET)).unwrap_or_default();
             let caller = Caller { start: self.starts, id: request_id(packet) };
-            let request =
-                if length > MAX_PACKET { Err(super::wire::WireError::TooLong(length)) } else { decode(packet) };
-            match request {
+            let whole = if length > MAX_PACKET { Err(WireError::TooLong(length)) } else { decode(packet) };
+            match whole {
                 Ok(request) => self.handle(caller, request),
                 Err(error) => self.reply(caller, Err(Denied::Invalid(error.to_string())), None),
             }
@@ -563,14 +480,17 @@ impl Broker {
     fn ready(&mut self) -> Verdict {
         let path = self.settings.registration_dir.join(format!("{DRIVER}-reg.sock"));
         if self.registration.path != path {
-            self.registration.rename(path).map_err(at("show the registration socket"))?;
+            fs::rename(&self.registration.path, &path).at("show the registration socket")?;
+            self.registration.path = path;
         }
         Ok(Some(Answer::Ready))
     }
 
     fn commit(&mut self, caller: Caller, commit: &Commit) -> Verdict {
         let Some(worker) = &self.worker else { return Err(Denied::Busy) };
-        let layout = Layout::of(commit, usage(&worker.work).map_err(at("stat the work tmpfs"))?.page)?;
+        let work = worker.work.try_clone().at("copy a descriptor")?;
+        let layout = Layout::of(commit, usage(&work).at("stat the work tmpfs")?.page)?;
+        let content = Content { commit, layout: &layout, work: &work };
         let id = &commit.volume;
         if self.is_busy(id) {
             return Err(Denied::Busy);
@@ -581,41 +501,37 @@ impl Broker {
                 self.volumes.remove(id); // if one stood, somebody else unmounted it
                 self.afford(id, layout.room((0, 0)).0)?;
                 let since = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |age| age.as_secs());
-                publish(&parent, &worker.work, commit, &layout, self.noswap, since)?;
+                publish(&parent, &content, self.noswap, since)?;
                 self.learn(id);
                 Ok(Some(Answer::Published))
             }
             Place::Ours(mounted) => {
-                let record = &mounted.record;
-                if record.owner != commit.owner {
+                let standing = &mounted.standing;
+                if standing.owner != commit.owner {
                     return Err(Denied::OwnerChanged);
                 }
-                let same = (record.key, record.tag) == (commit.key, commit.tag);
-                if same && record.generation == mounted.generation {
-                    if record.note == commit.note {
+                if (standing.key, mounted.tag) == (commit.key, Some(commit.tag)) {
+                    if standing.note == commit.note {
                         return Ok(Some(Answer::Unchanged));
                     }
-                    let fork = self.fork(|_| annotate(&mounted, &commit.note))?;
-                    self.pend(fork, id, UPDATE_TIME, Then::Answer(caller, Answer::Unchanged));
+                    let fork = self.fork(|| annotate(&mounted, &content))?;
+                    self.pend(fork, id, UPDATE_TIME, Some((caller, Answer::Unchanged)), None);
                     return Ok(None);
                 }
-                let size = layout.room((mounted.usage.used, mounted.usage.inodes_used)).0;
-                self.afford(id, size.max(mounted.usage.size))?;
-                let fork = self.fork(|work| match work {
-                    Some(work) => update(&mounted, &work, commit, &layout),
-                    None => Err(Denied::Busy),
-                })?;
+                let size = layout.room((mounted.usage.used, mounted.usage.inodes_used)).0.max(standing.size);
+                self.afford(id, size)?;
+                let fork = self.fork(|| update(&mounted, &content))?;
+                self.pend(fork, id, UPDATE_TIME, Some((caller, Answer::Swapped)), None);
                 if let Some(standing) = self.volumes.get_mut(id) {
-                    standing.size = standing.size.max(size); // charged while it is under way
+                    standing.size = size; // charged while it is under way
                 }
-                self.pend(fork, id, UPDATE_TIME, Then::Answer(caller, Answer::Swapped));
                 Ok(None)
             }
         }
     }
 
     fn remove(&mut self, caller: Caller, id: &VolumeId) -> Verdict {
-        if self.forks.iter().any(|pending| pending.volume == *id && matches!(pending.then, Then::Detach(..))) {
+        if self.forks.iter().any(|pending| pending.volume == *id && pending.detach.is_some()) {
             return Err(Denied::Busy);
         }
         match self.kubelet.place(id)? {
@@ -624,8 +540,8 @@ impl Broker {
             Place::Ours(mounted) if self.is_busy(id) => {
                 // A child hangs behind an application's lock, and a lookup here would hang behind the child.
                 self.orphan(id);
-                let fork = self.fork(|_| overwrite(&mounted))?;
-                self.pend(fork, id, OVERWRITE_TIME, Then::Detach(caller, mounted));
+                let fork = self.fork(|| overwrite(&mounted))?;
+                self.pend(fork, id, OVERWRITE_TIME, Some((caller, Answer::Removed)), Some(mounted));
                 return Ok(None);
             }
             Place::Ours(mounted) => {
@@ -641,13 +557,13 @@ impl Broker {
 
     /// The kubelet's own pods API (KEP-4188), which only root may connect to.
     fn connect_pods(&self) -> Result<OwnedFd, Denied> {
-        let step = at("connect to the kubelet's pods API");
         let path = self.settings.kubelet_dir.join("pods-api/pods-api.sock");
-        let address = SocketAddrUnix::new(&path).map_err(&step)?;
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK; // a full backlog is an error, not a wait
-        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(&step)?;
-        connect(&socket, &address).map_err(&step)?;
-        Ok(socket)
+        let connected = || {
+            let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+            connect(&socket, &SocketAddrUnix::new(&path)?).map(|()| socket)
+        };
+        connected().at("connect to the kubelet's pods API")
     }
 
     // --- volumes and the children that work on them ---
@@ -660,50 +576,42 @@ impl Broker {
         if used.saturating_add(size) > limit { Err(Denied::NodeFull { used, limit }) } else { Ok(()) }
     }
 
-    fn learn(&mut self, id: &VolumeId) {
+    /// Takes what stands at a volume's place into account, if it is ours.
+    fn learn(&mut self, id: &VolumeId) -> Option<Box<Mounted>> {
         match self.kubelet.place(id) {
-            Ok(Place::Ours(mounted)) => self.remember(&mounted),
+            Ok(Place::Ours(mounted)) => {
+                self.volumes.insert(id.clone(), mounted.standing.clone());
+                return Some(mounted);
+            }
             Ok(_) => drop(self.volumes.remove(id)),
             Err(denied) => warn!(volume = %id, %denied, "left alone"),
         }
+        None
     }
 
-    fn remember(&mut self, mounted: &Mounted) {
-        let record = mounted.record.clone();
-        let standing = Standing {
-            volume: record.volume,
-            owner: record.owner,
-            generation: mounted.generation,
-            bytes: record.bytes,
-            size: mounted.usage.size,
-            inodes: (mounted.usage.inodes_used, mounted.usage.inodes),
-            since: record.since,
-            key: record.key,
-            note: record.note,
-        };
-        self.volumes.insert(standing.volume.clone(), standing);
-    }
-
+    /// Whether a child works on a volume that still stands.
     fn is_busy(&self, id: &VolumeId) -> bool {
-        self.forks.iter().any(|pending| pending.volume == *id && !matches!(pending.then, Then::Orphaned))
+        self.forks.iter().any(|pending| pending.volume == *id && !pending.orphaned)
     }
 
-    fn tidy(&mut self, mounted: Box<Mounted>) {
-        let id = mounted.record.volume.clone();
-        match self.fork(|_| tidy(&mounted)) {
-            Ok(fork) => self.pend(fork, &id, UPDATE_TIME, Then::Nothing),
+    fn tidy(&mut self, id: &VolumeId) {
+        let Some(mounted) = self.learn(id) else { return };
+        match self.fork(|| tidy(&mounted)) {
+            Ok(fork) => self.pend(fork, id, UPDATE_TIME, None, None),
             Err(denied) => warn!(volume = %id, %denied, "leftovers stay"),
         }
     }
 
-    fn fork(&mut self, work: impl FnOnce(Option<OwnedFd>) -> Result<(), Denied>) -> Result<Fork, Denied> {
-        // In the child, the worker's socket is closed: a child that hangs must not keep it open when the broker dies.
-        fork(|| work(self.worker.take().map(|worker| worker.work)))
+    fn fork(&mut self, work: impl FnOnce() -> Result<(), Denied>) -> Result<Fork, Denied> {
+        fork(|| {
+            self.worker = None; // a child that hangs must not keep the worker's socket open when the broker dies
+            work()
+        })
     }
 
-    fn pend(&mut self, fork: Fork, id: &VolumeId, time: Duration, then: Then) {
-        let deadline = Some(Instant::now() + time);
-        self.forks.push(Pending { fork, volume: id.clone(), deadline, then });
+    fn pend(&mut self, fork: Fork, id: &VolumeId, time: Duration, caller: Waiting, detach: Option<Box<Mounted>>) {
+        let (volume, deadline) = (id.clone(), Instant::now() + time);
+        self.forks.push(Pending { fork, volume, deadline, given_up: false, orphaned: false, caller, detach });
     }
 
     /// Gives up the children that work on a volume that goes.
@@ -711,76 +619,49 @@ impl Broker {
         let mut told = Vec::new();
         for pending in self.forks.iter_mut().filter(|pending| pending.volume == *id) {
             pending.fork.kill();
-            if let Then::Answer(caller, _) = std::mem::replace(&mut pending.then, Then::Orphaned) {
-                told.push(caller);
-            }
+            pending.orphaned = true;
+            told.extend(pending.caller.take());
         }
-        for caller in told {
+        for (caller, _) in told {
             self.reply(caller, Err(Denied::Busy), None);
         }
     }
 
     /// Buries children that ended and gives up those that take too long.
     fn tend_forks(&mut self) {
-        let now = Instant::now();
-        let (mut ended, mut late) = (Vec::new(), Vec::new());
         for mut pending in std::mem::take(&mut self.forks) {
-            if let Some(result) = pending.fork.ended() {
-                ended.push((pending, result));
+            let ended = pending.fork.ended();
+            let alive = ended.is_none();
+            if alive && (pending.given_up || Instant::now() < pending.deadline) {
+                self.forks.push(pending);
                 continue;
             }
-            if pending.deadline.is_some_and(|deadline| now >= deadline) {
+            if alive {
                 pending.fork.kill();
-                pending.deadline = None;
-                let then = match &pending.then {
-                    Then::Detach(..) => Then::Orphaned,
-                    _ => Then::Nothing,
-                };
-                late.push(std::mem::replace(&mut pending.then, then));
             }
-            self.forks.push(pending);
-        }
-        for then in late {
-            match then {
-                Then::Answer(caller, _) => self.reply(caller, Err(Denied::Timeout), None),
-                Then::Detach(caller, mounted) => self.finish_remove(caller, &mounted, Err(Denied::Timeout)),
-                Then::Nothing | Then::Orphaned => {}
-            }
-        }
-        for (pending, result) in ended {
-            let id = &pending.volume;
-            match pending.then {
-                Then::Answer(caller, answer) => {
-                    self.learn(id);
-                    self.reply(caller, result.map(|()| answer), None);
-                }
-                Then::Detach(caller, mounted) => self.finish_remove(caller, &mounted, result),
-                Then::Nothing => {
-                    self.learn(id);
-                    if let Err(denied) = result {
-                        warn!(volume = %id, %denied, "an update or a cleaning did not end as it should");
-                    }
-                    // A child that was given up ends where the kernel let it: what it left goes now.
-                    if pending.deadline.is_none()
-                        && let Ok(Place::Ours(mounted)) = self.kubelet.place(id)
-                    {
-                        self.tidy(mounted);
-                    }
-                }
-                Then::Orphaned => {}
+            self.settle(&mut pending, ended.unwrap_or(Err(Denied::Timeout)));
+            if alive {
+                pending.given_up = true;
+                self.forks.push(pending);
+            } else if pending.given_up && !pending.orphaned {
+                self.tidy(&pending.volume); // it ended where the kernel let it
             }
         }
     }
 
-    fn finish_remove(&mut self, caller: Caller, mounted: &Mounted, overwritten: Result<(), Denied>) {
-        let id = &mounted.record.volume;
-        if let Err(denied) = overwritten {
-            warn!(volume = %id, %denied, "removed without being overwritten");
+    /// Does what was to be done after a child, and answers who waits for it.
+    fn settle(&mut self, pending: &mut Pending, mut result: Result<(), Denied>) {
+        let id = &pending.volume;
+        if let Err(denied) = &result {
+            warn!(volume = %id, %denied, "work on a volume did not end as it should");
         }
-        let answer = detach(mounted).map(|()| Answer::Removed);
-        if answer.is_ok() {
-            self.volumes.remove(id);
+        if let Some(mounted) = pending.detach.take() {
+            pending.orphaned = true;
+            result = detach(&mounted);
         }
-        self.reply(caller, answer, None);
+        self.learn(id);
+        if let Some((caller, answer)) = pending.caller.take() {
+            self.reply(caller, result.map(|()| answer), None);
+        }
     }
 }

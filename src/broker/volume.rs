@@ -13,10 +13,10 @@ use std::{fs, io};
 
 use rustix::fs::{
     AtFlags, CWD, Dir, FileType, Gid, Mode, OFlags, ResolveFlags, StatxAttributes, StatxFlags, Uid, XattrFlags, fchmod,
-    fchown, fgetxattr, fsetxattr, fstat, fstatfs, ftruncate, mkdirat, openat, openat2, readlinkat, renameat, sendfile,
-    statx, symlinkat, unlinkat,
+    fchown, fgetxattr, fsetxattr, fstat, fstatfs, mkdirat, openat, openat2, readlinkat, renameat, sendfile, statx,
+    symlinkat, unlinkat,
 };
-use rustix::io::{Errno, pwrite};
+use rustix::io::Errno;
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags, move_mount, open_tree, unmount};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{
@@ -25,8 +25,8 @@ use rustix::process::{
 use serde::{Deserialize, Serialize};
 
 use super::layout::{DATA, DATA_NEXT, Layout, generation_name, parse_generation};
-use super::mounts::{Tmpfs, Usage, mounts, resize, set_read_only, tmpfs, usage};
-use super::wire::{Commit, Denied};
+use super::mounts::{Usage, escape, mounts, resize, set_read_only, tmpfs, usage};
+use super::wire::{Commit, Denied, Standing};
 use crate::request::{DRIVER, Owner, PodUid, VolumeId, VolumeName};
 
 /// What mountinfo shows as the source of a volume.
@@ -40,23 +40,32 @@ const TMPFS_MAGIC: i64 = 0x0102_1994;
 const INSIDE: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
 const DIRECTORY: OFlags = OFlags::DIRECTORY.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
+/// A content to put into a volume: what was asked, how it lies, and the work tmpfs it is copied from.
+pub(crate) struct Content<'a> {
+    pub(crate) commit: &'a Commit,
+    pub(crate) layout: &'a Layout,
+    pub(crate) work: &'a OwnedFd,
+}
+
 /// What a volume says of itself in [`ATTRIBUTE`].
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Record {
-    pub(crate) volume: VolumeId,
-    pub(crate) owner: Owner,
-    pub(crate) generation: u64,
-    pub(crate) since: u64,
-    pub(crate) bytes: u64,
-    pub(crate) key: [u8; 32],
-    pub(crate) tag: [u8; 32],
-    pub(crate) note: Vec<u8>,
+#[derive(Serialize, Deserialize)]
+struct Record {
+    /// Its size and inodes are asked of the kernel instead.
+    standing: Standing,
+    tag: [u8; 32],
 }
 
 impl Record {
+    fn of(content: &Content<'_>, generation: u64, since: u64) -> Self {
+        let Commit { volume, owner, key, tag, note, .. } = content.commit;
+        let (volume, note, bytes) = (volume.clone(), note.clone(), content.layout.bytes);
+        let (owner, key, size, inodes) = (*owner, *key, 0, (0, 0));
+        Self { standing: Standing { volume, owner, generation, bytes, size, inodes, since, key, note }, tag: *tag }
+    }
+
     fn store(&self, root: &OwnedFd) -> Result<(), Denied> {
         let bytes = postcard::to_extend(self, vec![RECORD_VERSION]).map_err(|_| Denied::Invalid("the note".into()))?;
-        fsetxattr(root, ATTRIBUTE, &bytes, XattrFlags::empty()).map_err(at("write the volume's attribute"))
+        fsetxattr(root, ATTRIBUTE, &bytes, XattrFlags::empty()).at("write the volume's attribute")
     }
 
     fn load(root: &OwnedFd) -> Option<Self> {
@@ -68,19 +77,18 @@ impl Record {
 }
 
 /// A volume of ours that passed the safe test; its descriptors were checked and are used from here on.
-#[derive(Debug)]
 pub(crate) struct Mounted {
     parent: OwnedFd,
     /// The mount's root, O_PATH.
     target: OwnedFd,
-    pub(crate) record: Record,
-    /// What `..data` names. Differs from the record's after a crash between rename and attribute.
-    pub(crate) generation: u64,
+    pub(crate) standing: Standing,
+    /// `None` if `..data` names another generation than the record: a crash came between rename and attribute, and
+    /// nothing is known of the content.
+    pub(crate) tag: Option<[u8; 32]>,
     pub(crate) usage: Usage,
 }
 
 /// What is where a volume belongs.
-#[derive(Debug)]
 pub(crate) enum Place {
     /// The kubelet made no directory for it, or removed it.
     Unprepared,
@@ -91,9 +99,9 @@ pub(crate) enum Place {
 }
 
 /// The kubelet's directory: every path is composed below it from a pod's UID and a volume's name, never taken.
-#[derive(Debug)]
 pub(crate) struct Kubelet {
     root: OwnedFd,
+    /// The start of our mount points as mountinfo writes it.
     pods: String,
 }
 
@@ -103,7 +111,7 @@ impl Kubelet {
         let path = canonicalize(path)?;
         let root = openat(CWD, &path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
         let path = path.to_str().ok_or_else(|| io::Error::other("the path is not UTF-8"))?;
-        Ok(Self { root, pods: format!("{}/pods/", path.trim_end_matches('/')) })
+        Ok(Self { root, pods: escape(&format!("{}/pods/", path.trim_end_matches('/'))) })
     }
 
     /// The safe test. Mountinfo comes first: touching another driver's dead mount may hang for ever. Only a line that
@@ -113,7 +121,7 @@ impl Kubelet {
         let below = format!("{}/volumes/kubernetes.io~csi/{}", volume.pod, volume.name);
         let foreign = |why: &str| Err(Denied::Foreign(why.to_owned()));
         let point = format!("{}{below}/mount", self.pods);
-        let mut lines = mounts(&point).map_err(at("read /proc/self/mountinfo"))?;
+        let mut lines = mounts(&point).at("read /proc/self/mountinfo")?;
         lines.retain(|line| line.point == point);
         let line = match lines.as_slice() {
             [] => None,
@@ -127,27 +135,30 @@ impl Kubelet {
             Ok(parent) => parent,
             Err(Errno::NOENT) if line.is_none() => return Ok(Place::Unprepared),
             Err(Errno::LOOP | Errno::NOTDIR) => return foreign("a symbolic link in its path"),
-            Err(error) => return Err(at("open the volume's directory")(error)),
+            Err(error) => return Err(error).at("open the volume's directory"),
         };
         let Some(line) = line else { return Ok(Place::Bare(parent)) };
-        let target = openat2(&parent, "mount", path, Mode::empty(), INSIDE).map_err(at("open the mount"))?;
-        let stat = statx(&target, "", AtFlags::EMPTY_PATH | AtFlags::NO_AUTOMOUNT, StatxFlags::MNT_ID)
-            .map_err(at("stat the mount"))?;
+        let target = openat2(&parent, "mount", path, Mode::empty(), INSIDE).at("open the mount")?;
+        let flags = AtFlags::EMPTY_PATH | AtFlags::NO_AUTOMOUNT;
+        let stat = statx(&target, "", flags, StatxFlags::MNT_ID).at("stat the mount")?;
         if stat.stx_mnt_id != line.id || !stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT) {
             return foreign("another mount than the one listed");
         }
-        if fstatfs(&target).map_err(at("stat the file system"))?.f_type != TMPFS_MAGIC {
+        if fstatfs(&target).at("stat the file system")?.f_type != TMPFS_MAGIC {
             return foreign("no tmpfs");
         }
-        let root = open_root(&target)?;
-        let Some(record) = Record::load(&root).filter(|record| record.volume == *volume) else {
+        let root = open_dir(&target, ".")?;
+        let Some(Record { mut standing, tag }) = Record::load(&root).filter(|it| it.standing.volume == *volume) else {
             return foreign("a tmpfs that does not name this pod and volume");
         };
         // Reading a link takes no directory lock: this must not wait for an application.
-        let data = readlinkat(&root, DATA, Vec::new()).map_err(at("read ..data"))?;
+        let data = readlinkat(&root, DATA, Vec::new()).at("read ..data")?;
         let Some(generation) = parse_generation(data.as_bytes()) else { return foreign("..data is not ours") };
-        let usage = usage(&target).map_err(at("stat the file system"))?;
-        Ok(Place::Ours(Box::new(Mounted { parent, target, record, generation, usage })))
+        let tag = (standing.generation == generation).then_some(tag);
+        let usage = usage(&target).at("stat the file system")?;
+        standing.generation = generation;
+        (standing.size, standing.inodes) = (usage.size, (usage.inodes_used, usage.inodes));
+        Ok(Place::Ours(Box::new(Mounted { parent, target, standing, tag, usage })))
     }
 
     /// The volumes mountinfo seems to show; each has yet to pass the safe test.
@@ -167,98 +178,93 @@ impl Kubelet {
 
 /// First publish: nothing is visible before the one atomic attach, so any error leaves nothing but, at the worst, an
 /// empty directory. Runs in the broker: nobody else can lock a tmpfs that is attached nowhere.
-pub(crate) fn publish(
-    parent: &OwnedFd,
-    work: &OwnedFd,
-    commit: &Commit,
-    layout: &Layout,
-    noswap: bool,
-    since: u64,
-) -> Result<(), Denied> {
+pub(crate) fn publish(parent: &OwnedFd, content: &Content<'_>, noswap: bool, since: u64) -> Result<(), Denied> {
     // Only where the kubelet asked for this driver: a hostile worker must not publish over another's volume.
     prepared(parent)?;
-    let target = Target::make(parent)?;
+    let made = match mkdirat(parent, "mount", Mode::from_raw_mode(0o750)) {
+        Err(Errno::EXIST) => false,
+        result => result.at("make the volume's directory").map(|()| true)?,
+    };
+    let result = attach(parent, content, noswap, since);
+    if made && result.is_err() {
+        let _ = unlinkat(parent, "mount", AtFlags::REMOVEDIR); // only what this call made
+    }
+    result
+}
 
-    let (size, inodes) = layout.room((0, 0));
-    let Owner { uid, gid } = commit.owner;
-    let spec = Tmpfs { source: SOURCE, size, inodes, mode: "0500", uid, gid, noswap };
-    let mount = tmpfs(&spec).map_err(at("make a tmpfs"))?;
-    let root = open_root(&mount)?; // the mount's own descriptor is O_PATH
-    fill(&root, work, commit, layout, 1)?;
+fn attach(parent: &OwnedFd, content: &Content<'_>, noswap: bool, since: u64) -> Result<(), Denied> {
+    let target = open_bare(parent).map_err(|_| Denied::Foreign("no plain directory".into()))?;
+    if !entries(&target)?.is_empty() {
+        return Err(Denied::Foreign("a directory that is not empty".into()));
+    }
+    let Content { commit, layout, .. } = content;
+    let mount = tmpfs(SOURCE, layout.room((0, 0)), "0500", commit.owner, noswap).at("make a tmpfs")?;
+    let root = open_dir(&mount, ".")?; // the mount's own descriptor is O_PATH
+    fill(&root, content, 1)?;
     link(&root, layout)?;
-    symlinkat(generation_name(1), &root, DATA).map_err(at("link ..data"))?;
-    record(commit, layout, 1, since).store(&root)?;
+    symlinkat(generation_name(1), &root, DATA).at("link ..data")?;
+    Record::of(content, 1, since).store(&root)?;
 
     // Every writable descriptor is closed now; EBUSY here means that one is not: a check of ourselves, for free.
     drop(root);
-    set_read_only(&mount, true).map_err(at("seal the mount"))?;
+    set_read_only(&mount, true).at("seal the mount")?;
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
-    move_mount(&mount, "", &target.directory, "", flags).map_err(at("attach the mount"))?;
-    target.keep();
-    Ok(())
+    move_mount(&mount, "", &target, "", flags).at("attach the mount")
 }
 
 /// Swaps a standing volume's content. Runs in a fork: an application can hold the lock of its volume's directory.
-pub(crate) fn update(mounted: &Mounted, work: &OwnedFd, commit: &Commit, layout: &Layout) -> Result<(), Denied> {
-    let (handle, root) = writable(mounted)?;
-    clean(&root)?; // what an earlier attempt left would be in the way
+pub(crate) fn update(mounted: &Mounted, content: &Content<'_>) -> Result<(), Denied> {
+    let layout = content.layout;
+    writing(mounted, |root| {
+        clean(root)?; // what an earlier attempt left would be in the way
+        let usage = usage(root).at("stat the file system")?;
+        let room = layout.room((usage.used, usage.inodes_used));
+        if room != (usage.size, usage.inodes) {
+            resize(&mounted.target, room).at("resize the volume")?;
+        }
 
-    let usage = usage(&root).map_err(at("stat the file system"))?;
-    let (size, inodes) = layout.room((usage.used, usage.inodes_used));
-    if (size, inodes) != (usage.size, usage.inodes) {
-        resize(&mounted.target, size, inodes).map_err(at("resize the volume"))?;
-    }
-
-    let generation = mounted.generation.saturating_add(1);
-    let swap = || {
-        fill(&root, work, commit, layout, generation)?;
-        // New names first: they lead nowhere until the rename, and everywhere after it.
-        link(&root, layout)?;
-        symlinkat(generation_name(generation), &root, DATA_NEXT).map_err(at("link ..data_tmp"))?;
-        renameat(&root, DATA_NEXT, &root, DATA).map_err(at("rename ..data"))
-    };
-    if let Err(denied) = swap() {
-        let _ = clean(&root); // nothing was visible; what stays is cleaned by the next attempt
-        return Err(denied);
-    }
-    // After the rename: with a crash between the two the attribute's generation is not the one `..data` names, and its
-    // tag then counts for nothing.
-    record(commit, layout, generation, mounted.record.since).store(&root)?;
-    // The old generation is unlinked, not overwritten: a mapping, an open file or a subPath bind reads it to the end.
-    clean(&root)?;
-    seal(&handle, root)
+        let generation = mounted.standing.generation.saturating_add(1);
+        let swap = || {
+            fill(root, content, generation)?;
+            // New names first: they lead nowhere until the rename, and everywhere after it.
+            link(root, layout)?;
+            symlinkat(generation_name(generation), root, DATA_NEXT).at("link ..data_tmp")?;
+            renameat(root, DATA_NEXT, root, DATA).at("rename ..data")
+        };
+        if let Err(denied) = swap() {
+            let _ = clean(root); // nothing was visible; what stays is cleaned by the next attempt
+            return Err(denied);
+        }
+        // After the rename: with a crash between the two the attribute names another generation than `..data`, and its
+        // tag then counts for nothing.
+        Record::of(content, generation, mounted.standing.since).store(root)?;
+        // The old generation is unlinked, not overwritten: a mapping, an open file or a subPath bind reads it to the end.
+        clean(root)
+    })
 }
 
 /// Stores another note beside the same content. Runs in a fork, as writing an attribute locks the directory.
-pub(crate) fn annotate(mounted: &Mounted, note: &[u8]) -> Result<(), Denied> {
-    let (handle, root) = writable(mounted)?;
-    Record { note: note.to_vec(), ..mounted.record.clone() }.store(&root)?;
-    seal(&handle, root)
+pub(crate) fn annotate(mounted: &Mounted, content: &Content<'_>) -> Result<(), Denied> {
+    let Standing { generation, since, .. } = mounted.standing;
+    writing(mounted, |root| Record::of(content, generation, since).store(root))
 }
 
 /// Removes what a crash left in a standing volume. Runs in a fork.
 pub(crate) fn tidy(mounted: &Mounted) -> Result<(), Denied> {
-    let (handle, root) = writable(mounted)?;
-    clean(&root)?;
-    seal(&handle, root)
+    writing(mounted, clean)
 }
 
 /// Overwrites everything that stands in a volume about to go. A file that an application leased is skipped.
 pub(crate) fn overwrite(mounted: &Mounted) -> Result<(), Denied> {
-    let (handle, root) = writable(mounted)?;
-    overwrite_below(&root)?;
-    seal(&handle, root)
+    writing(mounted, overwrite_below)
 }
 
 /// Unmounts a volume that passed the safe test, by the checked descriptor and not by a path, and removes its
 /// directory: the kubelet expects the path to be gone.
 pub(crate) fn detach(mounted: &Mounted) -> Result<(), Denied> {
     let path = format!("/proc/self/fd/{}", mounted.target.as_raw_fd());
-    unmount(path, UnmountFlags::DETACH).map_err(at("unmount the volume"))?;
-    match unlinkat(&mounted.parent, "mount", AtFlags::REMOVEDIR) {
-        Ok(()) | Err(Errno::NOENT) => Ok(()),
-        Err(error) => Err(at("remove the volume's directory")(error)),
-    }
+    unmount(path, UnmountFlags::DETACH).at("unmount the volume")?;
+    remove_directory(&mounted.parent)
 }
 
 /// Remove where nothing is mounted: an empty directory that a publish of ours left goes too, anything else stays.
@@ -268,46 +274,14 @@ pub(crate) fn remove_bare(parent: &OwnedFd) -> Result<(), Denied> {
         Err(_) => return Err(Denied::Foreign("no plain directory".into())),
         Ok(_) => prepared(parent).map_err(|denied| Denied::Foreign(denied.to_string()))?,
     }
+    remove_directory(parent)
+}
+
+fn remove_directory(parent: &OwnedFd) -> Result<(), Denied> {
     match unlinkat(parent, "mount", AtFlags::REMOVEDIR) {
-        Ok(()) | Err(Errno::NOENT) => Ok(()),
-        Err(Errno::NOTEMPTY | Errno::EXIST) => Err(Denied::Foreign("a directory that is not empty".into())),
-        Err(error) => Err(at("remove the volume's directory")(error)),
-    }
-}
-
-/// The directory to attach to, made or found empty. Undoes only what it did: dropped before `keep`, it removes the
-/// directory if it made it.
-struct Target<'a> {
-    parent: &'a OwnedFd,
-    directory: OwnedFd,
-    made: bool,
-}
-
-impl<'a> Target<'a> {
-    fn make(parent: &'a OwnedFd) -> Result<Self, Denied> {
-        let made = match mkdirat(parent, "mount", Mode::from_raw_mode(0o750)) {
-            Ok(()) => true,
-            Err(Errno::EXIST) => false,
-            Err(error) => return Err(at("make the volume's directory")(error)),
-        };
-        let directory = open_bare(parent).map_err(|_| Denied::Foreign("no plain directory".into()))?;
-        let target = Self { parent, directory, made };
-        if !made && !entries(&target.directory)?.is_empty() {
-            return Err(Denied::Foreign("a directory that is not empty".into()));
-        }
-        Ok(target)
-    }
-
-    fn keep(mut self) {
-        self.made = false;
-    }
-}
-
-impl Drop for Target<'_> {
-    fn drop(&mut self) {
-        if self.made {
-            let _ = unlinkat(self.parent, "mount", AtFlags::REMOVEDIR);
-        }
+        Err(Errno::NOENT) => Ok(()),
+        Err(Errno::NOTEMPTY) => Err(Denied::Foreign("a directory that is not empty".into())),
+        result => result.at("remove the volume's directory"),
     }
 }
 
@@ -327,12 +301,12 @@ fn prepared(parent: &OwnedFd) -> Result<(), Denied> {
         Err(Errno::NOENT) => return Err(refuse("is missing")),
         Err(error) => return Err(refuse(&format!("cannot be opened: {error}"))),
     };
-    let stat = fstat(&file).map_err(at("stat vol_data.json"))?;
+    let stat = fstat(&file).at("stat vol_data.json")?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile || stat.st_uid != 0 {
         return Err(refuse("is not a regular file of root's"));
     }
     let mut text = Vec::new();
-    fs::File::from(file).take(64 * 1024).read_to_end(&mut text).map_err(at("read vol_data.json"))?;
+    fs::File::from(file).take(64 * 1024).read_to_end(&mut text).at("read vol_data.json")?;
     text.retain(|byte| !byte.is_ascii_whitespace());
     let wanted = format!("\"driverName\":\"{DRIVER}\"");
     if text.windows(wanted.len()).any(|bytes| bytes == wanted.as_bytes()) {
@@ -341,75 +315,65 @@ fn prepared(parent: &OwnedFd) -> Result<(), Denied> {
     Err(refuse("names another driver"))
 }
 
-fn record(commit: &Commit, layout: &Layout, generation: u64, since: u64) -> Record {
-    let Commit { volume, owner, key, tag, note, .. } = commit;
-    let (volume, note) = (volume.clone(), note.clone());
-    Record { volume, owner: *owner, generation, since, bytes: layout.bytes, key: *key, tag: *tag, note }
-}
-
-/// A clone of the mount through which the broker alone can write for a moment. No writable handle is kept between
-/// calls, so that a restart and an update take the same path.
-fn writable(mounted: &Mounted) -> Result<(OwnedFd, OwnedFd), Denied> {
+/// Lets `work` write through a clone of the mount that the broker alone has for a moment. No writable handle is kept
+/// between calls, so that a restart and an update take the same path.
+fn writing(mounted: &Mounted, work: impl FnOnce(&OwnedFd) -> Result<(), Denied>) -> Result<(), Denied> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
-    let handle = open_tree(&mounted.target, "", flags).map_err(at("clone the mount"))?;
-    set_read_only(&handle, false).map_err(at("make the clone writable"))?;
-    let root = open_root(&handle)?;
-    Ok((handle, root))
+    let handle = open_tree(&mounted.target, "", flags).at("clone the mount")?;
+    set_read_only(&handle, false).at("make the clone writable")?;
+    work(&open_dir(&handle, ".")?)?;
+    set_read_only(&handle, true).at("seal the clone")
 }
 
-fn seal(handle: &OwnedFd, root: OwnedFd) -> Result<(), Denied> {
-    drop(root);
-    set_read_only(handle, true).map_err(at("seal the clone"))
-}
-
-fn open_root(mount: &OwnedFd) -> Result<OwnedFd, Denied> {
-    openat(mount, ".", OFlags::RDONLY | DIRECTORY, Mode::empty()).map_err(at("open the volume"))
+/// Opens a directory inside a volume, where every name is the broker's own.
+fn open_dir(dir: &OwnedFd, name: &str) -> Result<OwnedFd, Denied> {
+    openat(dir, name, OFlags::RDONLY | DIRECTORY, Mode::empty()).at("open a directory of the volume")
 }
 
 /// Fills a new generation, complete and owned, with root's own copies.
-fn fill(root: &OwnedFd, work: &OwnedFd, commit: &Commit, layout: &Layout, generation: u64) -> Result<(), Denied> {
+fn fill(root: &OwnedFd, content: &Content<'_>, generation: u64) -> Result<(), Denied> {
+    let Content { commit, layout, work } = content;
     let name = generation_name(generation);
     let private = Mode::from_raw_mode(0o700);
-    mkdirat(root, &name, private).map_err(at("make the generation"))?;
-    let tree = openat(root, &name, OFlags::RDONLY | DIRECTORY, Mode::empty()).map_err(at("open the generation"))?;
+    mkdirat(root, &name, private).at("make the generation")?;
+    let tree = open_dir(root, &name)?;
     for dir in &layout.dirs {
-        mkdirat(&tree, dir, private).map_err(at("make a directory"))?;
+        mkdirat(&tree, dir, private).at("make a directory")?;
     }
     for (index, (name, length)) in (0_u32..).zip(&commit.files) {
         let source = |why: &str| Denied::Source { index, why: why.to_owned() };
         let input = open_source(work, &format!("{}/{index}", commit.work))
             .map_err(|error| source(&format!("it cannot be opened: {error}")))?;
-        let stat = fstat(&input).map_err(at("stat a work file"))?;
+        let stat = fstat(&input).at("stat a work file")?;
         if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
             return Err(source("it is not a regular file"));
         }
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let output = openat(&tree, name.as_str(), flags, Mode::empty()).map_err(at("make a file"))?;
+        let output = openat(&tree, name.as_str(), flags, Mode::empty()).at("make a file")?;
         // The bytes go from one tmpfs to the other inside the kernel; no page is shared afterwards.
         let mut offset = 0;
         while offset < *length {
             let rest = usize::try_from(*length - offset).unwrap_or(usize::MAX).min(1 << 20);
-            if sendfile(&output, &input, Some(&mut offset), rest).map_err(at("copy a file"))? == 0 {
+            if sendfile(&output, &input, Some(&mut offset), rest).at("copy a file")? == 0 {
                 return Err(source("it is shorter"));
             }
         }
-        if sendfile(&output, &input, Some(&mut offset), 1).map_err(at("copy a file"))? != 0 {
+        if sendfile(&output, &input, Some(&mut offset), 1).at("copy a file")? != 0 {
             return Err(source("it is longer"));
         }
         give(&output, commit.owner, 0o400)?;
     }
     // Innermost first: a directory that is the owner's already would need no right of ours, but none is left behind.
     for dir in layout.dirs.iter().rev() {
-        let dir = openat(&tree, dir, OFlags::RDONLY | DIRECTORY, Mode::empty()).map_err(at("open a directory"))?;
-        give(&dir, commit.owner, 0o500)?;
+        give(&open_dir(&tree, dir)?, commit.owner, 0o500)?;
     }
     give(&tree, commit.owner, 0o500)
 }
 
 /// Gives an inode of the broker's own to the owner. Never called with one of the worker's: that can hang in D.
 fn give(fd: &OwnedFd, owner: Owner, mode: u32) -> Result<(), Denied> {
-    fchown(fd, Some(Uid::from_raw(owner.uid)), Some(Gid::from_raw(owner.gid))).map_err(at("give to the owner"))?;
-    fchmod(fd, Mode::from_raw_mode(mode)).map_err(at("set the mode"))
+    fchown(fd, Some(Uid::from_raw(owner.uid)), Some(Gid::from_raw(owner.gid))).at("give to the owner")?;
+    fchmod(fd, Mode::from_raw_mode(mode)).at("set the mode")
 }
 
 /// Opens what the worker wrote. CACHED: a tmpfs keeps every name in the cache, and a lookup that is not cached waits
@@ -432,7 +396,7 @@ fn link(root: &OwnedFd, layout: &Layout) -> Result<(), Denied> {
     for name in &layout.links {
         match symlinkat(format!("{DATA}/{name}"), root, name) {
             Ok(()) | Err(Errno::EXIST) => {}
-            Err(error) => return Err(at("link a name")(error)),
+            Err(error) => return Err(error).at("link a name"),
         }
     }
     Ok(())
@@ -443,57 +407,46 @@ fn link(root: &OwnedFd, layout: &Layout) -> Result<(), Denied> {
 fn clean(root: &OwnedFd) -> Result<(), Denied> {
     match unlinkat(root, DATA_NEXT, AtFlags::empty()) {
         Ok(()) | Err(Errno::NOENT) => {}
-        Err(error) => return Err(at("remove ..data_tmp")(error)),
+        Err(error) => return Err(error).at("remove ..data_tmp"),
     }
-    let data = readlinkat(root, DATA, Vec::new()).map_err(at("read ..data"))?.into_string();
+    let data = readlinkat(root, DATA, Vec::new()).at("read ..data")?.into_string();
     let data = data.map_err(|_| Denied::Foreign("..data is not ours".into()))?;
-    let standing = openat(root, &data, OFlags::RDONLY | DIRECTORY, Mode::empty()).map_err(at("open ..data"))?;
-    let named = entries(&standing)?;
+    let named = entries(&open_dir(root, &data)?)?;
     for (name, kind) in entries(root)? {
         if parse_generation(name.as_bytes()).is_some() && name != data {
             remove_tree(root, &name)?;
         } else if kind == FileType::Symlink && name != DATA && !named.iter().any(|(top, _)| *top == name) {
-            unlinkat(root, &name, AtFlags::empty()).map_err(at("remove a name"))?;
+            unlinkat(root, &name, AtFlags::empty()).at("remove a name")?;
         }
     }
     Ok(())
 }
 
 fn remove_tree(parent: &OwnedFd, name: &str) -> Result<(), Denied> {
-    let dir = openat(parent, name, OFlags::RDONLY | DIRECTORY, Mode::empty()).map_err(at("open an old directory"))?;
+    let dir = open_dir(parent, name)?;
     for (name, kind) in entries(&dir)? {
         if kind == FileType::Directory {
             remove_tree(&dir, &name)?;
         } else {
-            unlinkat(&dir, &name, AtFlags::empty()).map_err(at("remove an old file"))?;
+            unlinkat(&dir, &name, AtFlags::empty()).at("remove an old file")?;
         }
     }
-    unlinkat(parent, name, AtFlags::REMOVEDIR).map_err(at("remove an old directory"))
+    unlinkat(parent, name, AtFlags::REMOVEDIR).at("remove an old directory")
 }
 
 fn overwrite_below(dir: &OwnedFd) -> Result<(), Denied> {
-    const ZEROS: [u8; 4096] = [0; 4096];
     for (name, kind) in entries(dir)? {
         if kind == FileType::Directory {
-            let dir = openat(dir, &name, OFlags::RDONLY | DIRECTORY, Mode::empty()).map_err(at("open a directory"))?;
-            overwrite_below(&dir)?;
+            overwrite_below(&open_dir(dir, &name)?)?;
         } else if kind == FileType::RegularFile {
             let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            let file = match openat2(dir, &name, flags, Mode::empty(), INSIDE) {
+            let mut file = match openat2(dir, &name, flags, Mode::empty(), INSIDE) {
                 Err(Errno::AGAIN) => continue, // leased by the application: its pages go with the superblock
-                file => file.map_err(at("open a file to overwrite"))?,
+                file => fs::File::from(file.at("open a file to overwrite")?),
             };
-            let length = u64::try_from(fstat(&file).map_err(at("stat a file"))?.st_size).unwrap_or(0);
-            let mut offset = 0;
-            while offset < length {
-                let rest = usize::try_from(length - offset).unwrap_or(usize::MAX).min(ZEROS.len());
-                let zeros = ZEROS.get(..rest).unwrap_or_default();
-                match pwrite(&file, zeros, offset).map_err(at("overwrite a file"))? {
-                    0 => break,
-                    count => offset = offset.saturating_add(count as u64),
-                }
-            }
-            ftruncate(&file, 0).map_err(at("truncate a file"))?;
+            let length = file.metadata().at("stat a file")?.len();
+            io::copy(&mut io::repeat(0).take(length), &mut file).at("overwrite a file")?;
+            file.set_len(0).at("truncate a file")?;
         }
     }
     Ok(())
@@ -502,10 +455,10 @@ fn overwrite_below(dir: &OwnedFd) -> Result<(), Denied> {
 /// The names and kinds in a directory of ours, without `.` and `..`.
 fn entries(dir: &OwnedFd) -> Result<Vec<(String, FileType)>, Denied> {
     // Opened anew: reading moves a descriptor's offset, and a directory to attach to is held by O_PATH.
-    let dir = openat(dir, ".", OFlags::RDONLY | DIRECTORY, Mode::empty()).map_err(at("open a directory"))?;
+    let dir = open_dir(dir, ".")?;
     let mut names = Vec::new();
-    for entry in Dir::new(dir).map_err(at("list a directory"))? {
-        let entry = entry.map_err(at("list a directory"))?;
+    for entry in Dir::new(dir).at("list a directory")? {
+        let entry = entry.at("list a directory")?;
         let name = entry.file_name().to_string_lossy();
         if name != "." && name != ".." {
             names.push((name.into_owned(), entry.file_type()));
@@ -514,13 +467,18 @@ fn entries(dir: &OwnedFd) -> Result<Vec<(String, FileType)>, Denied> {
     Ok(names)
 }
 
-/// The error of one step.
-pub(crate) fn at<E: Into<io::Error>>(step: &'static str) -> impl Fn(E) -> Denied {
-    move |error| Denied::System { step: step.to_owned(), error: error.into().to_string() }
+/// Names the step that failed.
+pub(crate) trait At<T> {
+    fn at(self, step: &str) -> Result<T, Denied>;
+}
+
+impl<T, E: Into<io::Error>> At<T> for Result<T, E> {
+    fn at(self, step: &str) -> Result<T, Denied> {
+        self.map_err(|error| Denied::System { step: step.to_owned(), error: error.into().to_string() })
+    }
 }
 
 /// A short-lived child: it may wait for an application's lock, for ever at the worst, and nobody waits with it.
-#[derive(Debug)]
 pub(crate) struct Fork {
     pid: Pid,
     result: OwnedFd,
@@ -528,7 +486,7 @@ pub(crate) struct Fork {
 
 /// Runs `work` in a child, which dies with the broker.
 pub(crate) fn fork(work: impl FnOnce() -> Result<(), Denied>) -> Result<Fork, Denied> {
-    let (result, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).map_err(at("make a pipe"))?;
+    let (result, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).at("make a pipe")?;
     let parent = getpid();
     // SAFETY: the broker has one thread, so no lock is held by a thread the child lacks and the child may allocate.
     #[allow(unsafe_code)]
@@ -536,10 +494,10 @@ pub(crate) fn fork(work: impl FnOnce() -> Result<(), Denied>) -> Result<Fork, De
     if pid == 0 {
         let answer = catch_unwind(AssertUnwindSafe(|| {
             // A child that outlived its broker would race with the next one's cleaning.
-            set_parent_process_death_signal(Some(Signal::KILL)).map_err(at("ask to die with the broker"))?;
+            set_parent_process_death_signal(Some(Signal::KILL)).at("ask to die with the broker")?;
             if getppid() != Some(parent) { Err(Denied::Busy) } else { work() }
         }));
-        let answer = answer.unwrap_or_else(|_| Err(at("update")(io::Error::other("a defect of sealmount's"))));
+        let answer = answer.unwrap_or_else(|_| Err(io::Error::other("a defect of sealmount's")).at("update"));
         let _ = rustix::io::write(&write, &postcard::to_stdvec(&answer).unwrap_or_default());
         // SAFETY: ends the child without running the parent's destructors and exit handlers.
         #[allow(unsafe_code)]
@@ -549,7 +507,7 @@ pub(crate) fn fork(work: impl FnOnce() -> Result<(), Denied>) -> Result<Fork, De
     }
     match Pid::from_raw(pid).filter(|_| pid > 0) {
         Some(pid) => Ok(Fork { pid, result }),
-        None => Err(at("fork")(io::Error::last_os_error())),
+        None => Err(io::Error::last_os_error()).at("fork"),
     }
 }
 
