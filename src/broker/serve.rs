@@ -44,6 +44,8 @@ const UPDATE_TIME: Duration = Duration::from_secs(5);
 const OVERWRITE_TIME: Duration = Duration::from_secs(1);
 /// How long a worker may take to end when asked.
 const STOP_TIME: Duration = Duration::from_secs(5);
+/// How long a worker that closed its socket may take to be gone.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 /// The first pause before a dead worker is started again; doubled up to `BACKOFF_MAX`, forgotten after `BACKOFF_RESET`.
 const BACKOFF: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
@@ -98,7 +100,7 @@ pub enum BrokerError {
 /// called before the process has a second thread.
 pub fn run(settings: Settings) -> Result<(), BrokerError> {
     harden::broker()?;
-    let mask: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGCHLD].into_iter().collect();
+    let mask: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGCHLD].into_iter().collect();
     mask.thread_block().at("block signals")?;
     let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).at("make a signalfd")?;
     let noswap = swap_is_safe(settings.allow_swap)?;
@@ -286,11 +288,16 @@ impl Broker {
         let _ = poll(&mut fds, timeout.as_ref()); // whatever it says, the tending looks for itself
         let ready = fds.get(1).is_some_and(|fd| !fd.revents().is_empty());
         while let Ok(Some(signal)) = self.signals.read_signal() {
-            if i32::try_from(signal.ssi_signo) != Ok(Signal::SIGCHLD as i32) {
-                info!("ending; the volumes stay");
-                self.stopping = true;
-                self.registration.remove(); // the kubelet takes the driver off its list
-                self.stop_worker();
+            match i32::try_from(signal.ssi_signo).ok().and_then(|number| Signal::try_from(number).ok()) {
+                Some(Signal::SIGTERM | Signal::SIGINT) => {
+                    info!("ending; the volumes stay");
+                    self.stopping = true;
+                    self.registration.remove(); // the kubelet takes the driver off its list
+                    self.stop_worker();
+                }
+                // The platform's file is the worker's.
+                Some(Signal::SIGHUP) => self.signal_worker(rustix::process::Signal::HUP),
+                _ => {}
             }
         }
         ready
@@ -327,9 +334,13 @@ impl Broker {
     fn stop_worker(&mut self) {
         if let Some(worker) = self.worker.as_mut().filter(|worker| worker.kill_at.is_none()) {
             worker.kill_at = Some(Instant::now() + STOP_TIME);
-            if let Some(pid) = i32::try_from(worker.child.id()).ok().and_then(Pid::from_raw) {
-                let _ = kill_process(pid, rustix::process::Signal::TERM);
-            }
+            self.signal_worker(rustix::process::Signal::TERM);
+        }
+    }
+
+    fn signal_worker(&self, signal: rustix::process::Signal) {
+        if let Some(worker) = &self.worker {
+            let _ = kill_process(Pid::from_child(&worker.child), signal);
         }
     }
 
@@ -355,7 +366,8 @@ impl Broker {
         if worker.born.elapsed() >= BACKOFF_RESET {
             self.backoff = BACKOFF;
         }
-        if worker.kill_at.is_none() {
+        // One that closed its socket by itself was not asked to end.
+        if worker.kill_at.is_none() || worker.socket.is_none() {
             error!(%status, "the worker ended; the volumes stay");
             self.pause();
         }
@@ -412,8 +424,9 @@ impl Broker {
                 Ok((_, length)) if length > 0 => length,
                 Err(Errno::AGAIN | Errno::INTR) => return,
                 _ => {
-                    let _ = worker.child.kill(); // deaf, it is of no use
+                    // Deaf, it is of no use; but it may be on its way out, and its exit code says why.
                     worker.socket = None;
+                    worker.kill_at.get_or_insert_with(|| Instant::now() + LAST_WORDS);
                     return;
                 }
             };
