@@ -369,3 +369,49 @@ impl Revoker {
         let _ = tokio::time::timeout_at(deadline, all).await;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::request::{PodUid, VolumeName};
+
+    fn key(role: &str) -> LoginKey {
+        let text = String::from;
+        LoginKey { namespace: None, role: text(role), service_account: (text("a"), text("b"), text("c")) }
+    }
+
+    fn volume(pod: &str) -> VolumeId {
+        VolumeId { pod: PodUid::parse(pod).unwrap(), name: VolumeName::parse("db").unwrap() }
+    }
+
+    fn standing(logins: &Logins) -> Vec<String> {
+        let mut roles: Vec<_> = logins.slots.lock().unwrap().keys().map(|key| key.role.clone()).collect();
+        roles.sort();
+        roles
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_idle_login_is_given_up_and_a_used_one_is_not() {
+        let logins = Arc::new(Logins::default());
+        logins.slot(&key("idle"), &volume("pod-1"));
+        logins.slot(&key("used"), &volume("pod-1"));
+        tokio::time::sleep(Duration::from_secs(20)).await;
+        logins.slot(&key("used"), &volume("pod-1"));
+        tokio::time::sleep(Duration::from_secs(20)).await;
+        assert_eq!(standing(&logins), ["used"]);
+        tokio::time::sleep(Duration::from_secs(20)).await;
+        assert!(standing(&logins).is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_login_stands_until_its_last_volume_is_gone() {
+        let logins = Arc::new(Logins::default());
+        let first = logins.slot(&key("r"), &volume("pod-1"));
+        assert!(Arc::ptr_eq(&first, &logins.slot(&key("r"), &volume("pod-2"))));
+        logins.forget(&volume("pod-3"));
+        logins.forget(&volume("pod-1"));
+        assert_eq!(standing(&logins), ["r"]);
+        logins.forget(&volume("pod-2"));
+        assert!(standing(&logins).is_empty());
+    }
+}
