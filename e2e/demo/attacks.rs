@@ -37,9 +37,8 @@ pub(crate) struct Scene<'a> {
     pub(crate) worker: u32,
     /// The role each column's login names, where there is one, and the audience it wants.
     pub(crate) roles: [Option<&'static str>; 3],
-    /// The pods of the last group: one whose Envoy mounts the volume, one that shares processes and a UID; each as the
-    /// two other columns and the driver's refusal show it.
-    pub(crate) misbuilt: [(&'static str, [Cell; 3]); 2],
+    /// The pods of the last group: what is wrong, what each column gave away, the code of the driver's refusal.
+    pub(crate) misbuilt: [(&'static str, [Cell; 3], &'static str); 2],
 }
 
 /// Runs all attempts and prints the table.
@@ -133,8 +132,8 @@ pub(crate) async fn run(scene: &Scene<'_>, screen: &mut Screen) {
     screen.row(&row("OpenBao login, the pod's default token", seen, promised));
 
     screen.group("pods built so that it could (the shell has the pod's rights)");
-    for (label, seen) in scene.misbuilt.clone() {
-        screen.row(&row(label, seen, [read(), read(), shell(Got::Refused(String::new()))]));
+    for (label, seen, code) in scene.misbuilt.clone() {
+        screen.row(&row(label, seen, [read(), read(), shell(Got::Refused(code.into()))]));
     }
 }
 

@@ -71,6 +71,7 @@ pub(crate) struct Canaries {
 pub(crate) fn pod(name: &str) -> PodSpec {
     let mount = |name: &str, path: &str| json!({"name": name, "mountPath": path, "readOnly": true});
     PodSpec::new(name, NODE)
+        .attribute("for", "app")
         .attribute("vault", "prod")
         .attribute(
             "files",
@@ -94,13 +95,15 @@ fn identity(pod: &PodSpec) -> Identity {
     }
 }
 
-pub(crate) fn with_token(pod: PodSpec, jwt: &str) -> PodSpec {
-    pod.token(VAULT_AUDIENCE, jwt, SystemTime::now() + Duration::from_secs(3600))
+/// The pod with the token that the kubelet gets for it and hands to the driver.
+pub(crate) fn with_token(pod: PodSpec, issuer: &Issuer) -> PodSpec {
+    let jwt = issuer.token(&identity(&pod), VAULT_AUDIENCE);
+    pod.token(VAULT_AUDIENCE, &jwt, SystemTime::now() + Duration::from_secs(3600))
 }
 
 /// Secrets, a policy and two roles: `payments` wants the connection's own audience, `usual` takes the token that lies
-/// in every container. Gives the pod's tokens for both.
-pub(crate) async fn open_vault(bao: &OpenBao, issuer: &Issuer, pod: &PodSpec, canaries: &Canaries) -> (String, String) {
+/// in every container. Gives that token.
+pub(crate) async fn open_vault(bao: &OpenBao, issuer: &Issuer, pod: &PodSpec, canaries: &Canaries) -> String {
     let who = identity(pod);
     bao.mount_kv().await;
     bao.write_kv2("secret", "payments/db", &pair(1, &canaries.first)).await;
@@ -110,7 +113,7 @@ pub(crate) async fn open_vault(bao: &OpenBao, issuer: &Issuer, pod: &PodSpec, ca
     for (role, audience) in [("payments", VAULT_AUDIENCE), ("usual", DEFAULT_AUDIENCE)] {
         bao.jwt_role("jwt", role, &who, audience, &["payments"], &json!({})).await;
     }
-    (issuer.token(&who, VAULT_AUDIENCE), issuer.token(&who, DEFAULT_AUDIENCE))
+    issuer.token(&who, DEFAULT_AUDIENCE)
 }
 
 /// Both values carry the number of their set, so that a mixed pair shows.

@@ -34,12 +34,10 @@ impl Got {
         matches!(self, Self::Read | Self::Listed | Self::Login(200) | Self::Odd(_)) || matches!(self, Self::Found(1..))
     }
 
-    /// Whether this is what was promised; how often something was found and
-    /// which code refused does not matter, but none is none.
+    /// Whether this is what was promised; how often something was found does not matter, but none is none.
     fn keeps(&self, promise: &Self) -> bool {
         match (self, promise) {
             (Self::Found(seen), Self::Found(said)) => (*seen == 0) == (*said == 0),
-            (Self::Refused(code), Self::Refused(_)) => !code.is_empty(),
             _ => self == promise,
         }
     }
@@ -144,11 +142,20 @@ impl Screen {
         }
     }
 
-    /// Lines as some program wrote them, cut at the width.
+    /// Lines as some program wrote them; what does not fit goes on below, further in.
     pub(crate) fn show(&self, text: &str) {
         for line in text.lines() {
-            let line: String = line.chars().take(WIDTH - 4).collect();
-            self.print(&format!("    {}", self.paint(Colour::Dim, &line)));
+            let mut rest = line;
+            let mut margin = "    ";
+            while !rest.is_empty() {
+                let room = WIDTH - margin.len();
+                let fits = rest.char_indices().nth(room).map_or(rest.len(), |(end, _)| end);
+                // At a blank, or at a comma of a list without any.
+                let blank = rest[..fits].rfind([' ', ',']).filter(|at| *at > room / 2).map_or(fits, |at| at + 1);
+                let (head, tail) = rest.split_at(if fits == rest.len() { fits } else { blank });
+                self.print(&format!("{margin}{}", self.paint(Colour::Dim, head)));
+                (rest, margin) = (tail, "        ");
+            }
         }
     }
 
