@@ -256,7 +256,9 @@ async fn the_worker_dies_in_each_operation() {
         ("epoll_wait", 3),
     ];
     strike_all(Victim::Worker, Operation::First, &first).await;
-    strike_all(Victim::Worker, Operation::Swap, &first).await;
+    // A manifest that did not change is not read again.
+    let swap: Vec<_> = first.into_iter().filter(|point| *point != ("openat", 3)).collect();
+    strike_all(Victim::Worker, Operation::Swap, &swap).await;
     let last = [("accept4", 1), ("recvfrom", 2), ("sendto", 1), ("recvmsg", 1), ("epoll_wait", 2), ("epoll_wait", 3)];
     strike_all(Victim::Worker, Operation::Unpublish, &last).await;
 }
