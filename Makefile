@@ -30,11 +30,13 @@ help:
 	@echo 'make lint   format, lints, licences, advisories, unused dependencies, documentation'
 	@echo 'make clean  removes what was built; downloads in $(CACHE) stay'
 
+# The driver as it ships; the story around it needs no second optimised build.
 demo: need-lab release
-	cargo build --release --example demo
-	$(SUDO) $(RELEASE)/examples/demo
+	cargo build --example demo
+	$(SUDO) env SEALMOUNT_BIN=$(RELEASE)/sealmount $(CARGO_TARGET_DIR)/$(TARGET)/debug/examples/demo
 
 test: need-lab
+	$(call need,strace,apt-get install strace)
 	$(if $(SUDO),CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER='$(SUDO)') cargo test --no-fail-fast
 
 bench: need-lab release
