@@ -388,3 +388,26 @@ pub fn adopt(number: RawFd) -> Result<OwnedFd, HardenError> {
     fcntl_setfd(&fd, FdFlags::CLOEXEC).map_err(step("inherit a descriptor"))?;
     Ok(fd)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_arena_is_locked_and_left_out_of_cores() {
+        let arena = arena().unwrap();
+        assert!(arena.iter().all(|byte| *byte == 0));
+        arena.fill(1);
+        let start = format!("{:x}-", arena.as_ptr() as usize);
+        let maps = fs::read_to_string("/proc/self/smaps").unwrap();
+        let from = maps.find(&start).expect("no mapping starts there");
+        let flags = maps[from..].lines().find(|line| line.starts_with("VmFlags:")).unwrap();
+        assert!(flags.contains(" lo ") && flags.contains(" dd "), "{flags}");
+    }
+
+    #[test]
+    fn what_is_no_descriptor_is_not_taken_over() {
+        assert!(adopt(1).is_err(), "a standard stream");
+        assert!(adopt(1_000_000).is_err(), "not open");
+    }
+}
