@@ -400,8 +400,8 @@ mod tests {
         arena.fill(1);
         let start = format!("{:x}-", arena.as_ptr() as usize);
         let maps = fs::read_to_string("/proc/self/smaps").unwrap();
-        let from = maps.find(&start).expect("no mapping starts there");
-        let flags = maps[from..].lines().find(|line| line.starts_with("VmFlags:")).unwrap();
+        let (_, mapping) = maps.split_once(&start).expect("no mapping starts there");
+        let flags = mapping.lines().find(|line| line.starts_with("VmFlags:")).unwrap();
         assert!(flags.contains(" lo ") && flags.contains(" dd "), "{flags}");
     }
 
