@@ -86,8 +86,9 @@ const IMPURE: [&str; 8] =
 /// Where unsafe may stand.
 const UNSAFE: [&str; 3] = ["harden.rs", "broker/mounts.rs", "broker/volume.rs"];
 
-/// Lines of the privileged half, without comments, blanks and tests.
-const BROKER_LINES: usize = 1000;
+/// Lines of the privileged half, without comments, blanks and tests. What they hold: the wire and its types (120), the
+/// volume on the kernel's side (620), the poll loop with its children (330), sockets and worker (240).
+const BROKER_LINES: usize = 1320;
 
 /// A source file: its path below the tree's root, its text, and its code (see [`code_of`]).
 struct Source {

@@ -40,8 +40,8 @@ use crate::request::{DRIVER, Owner, VolumeId};
 
 /// An update that takes longer waits for an application's lock.
 const UPDATE_TIME: Duration = Duration::from_secs(5);
-/// How long a Remove may wait for what stands to be overwritten when an update of it hangs.
-const OVERWRITE_TIME: Duration = Duration::from_secs(1);
+/// How long the start waits for leftovers to be cleaned.
+const TIDY_TIME: Duration = Duration::from_secs(1);
 /// How long a worker may take to end when asked.
 const STOP_TIME: Duration = Duration::from_secs(5);
 /// How long a worker that closed its socket may take to be gone.
@@ -218,8 +218,6 @@ struct Pending {
     /// The volume is gone: it works on a superblock nobody reaches.
     orphaned: bool,
     caller: Waiting,
-    /// The volume to take away afterwards, whatever came of it.
-    detach: Option<Box<Mounted>>,
 }
 
 /// Who waits for a child, and what to say if it went well.
@@ -251,7 +249,7 @@ impl Broker {
             self.tidy(&volume);
         }
         info!(volumes = self.volumes.len(), "learned what stands");
-        let until = Instant::now() + OVERWRITE_TIME;
+        let until = Instant::now() + TIDY_TIME;
         while !self.forks.is_empty() && Instant::now() < until {
             self.wait(until);
             self.tend_forks();
@@ -444,7 +442,7 @@ impl Broker {
         let verdict = match request.verb {
             Verb::Ready => self.ready(),
             Verb::Commit(commit) => self.commit(caller, &commit),
-            Verb::Remove(volume) => self.remove(caller, &volume),
+            Verb::Remove(volume) => self.remove(&volume),
             Verb::Volumes { after } => {
                 let from = after.map_or(Bound::Unbounded, Bound::Excluded);
                 let page = self.volumes.range((from, Bound::Unbounded)).take(PAGE);
@@ -528,13 +526,13 @@ impl Broker {
                         return Ok(Some(Answer::Unchanged));
                     }
                     let fork = self.fork(|| annotate(&mounted, &content))?;
-                    self.pend(fork, id, UPDATE_TIME, Some((caller, Answer::Unchanged)), None);
+                    self.pend(fork, id, UPDATE_TIME, Some((caller, Answer::Unchanged)), false);
                     return Ok(None);
                 }
                 let size = layout.room((mounted.usage.used, mounted.usage.inodes_used)).0.max(standing.size);
                 self.afford(id, size)?;
                 let fork = self.fork(|| update(&mounted, &content))?;
-                self.pend(fork, id, UPDATE_TIME, Some((caller, Answer::Swapped)), None);
+                self.pend(fork, id, UPDATE_TIME, Some((caller, Answer::Swapped)), false);
                 if let Some(standing) = self.volumes.get_mut(id) {
                     standing.size = size; // charged while it is under way
                 }
@@ -543,25 +541,23 @@ impl Broker {
         }
     }
 
-    fn remove(&mut self, caller: Caller, id: &VolumeId) -> Verdict {
-        if self.forks.iter().any(|pending| pending.volume == *id && pending.detach.is_some()) {
-            return Err(Denied::Busy);
-        }
+    fn remove(&mut self, id: &VolumeId) -> Verdict {
         match self.kubelet.place(id)? {
             Place::Unprepared => {}
             Place::Bare(parent) => remove_bare(&parent)?,
-            Place::Ours(mounted) if self.is_busy(id) => {
-                // A child hangs behind an application's lock, and a lookup here would hang behind the child.
-                self.orphan(id);
-                let fork = self.fork(|| overwrite(&mounted))?;
-                self.pend(fork, id, OVERWRITE_TIME, Some((caller, Answer::Removed)), Some(mounted));
-                return Ok(None);
-            }
             Place::Ours(mounted) => {
-                if let Err(denied) = overwrite(&mounted) {
+                // A child that hangs behind an application's lock works on what nobody reaches from here on. A lookup
+                // by the broker would hang behind it, so another child overwrites.
+                let hung = self.orphan(id);
+                let handle = detach(&mounted)?;
+                let done = if hung {
+                    self.fork(|| overwrite(&handle)).map(|fork| self.pend(fork, id, UPDATE_TIME, None, true))
+                } else {
+                    overwrite(&handle)
+                };
+                if let Err(denied) = done {
                     warn!(volume = %id, %denied, "removed without being overwritten");
                 }
-                detach(&mounted)?;
             }
         }
         self.volumes.remove(id);
@@ -610,7 +606,7 @@ impl Broker {
     fn tidy(&mut self, id: &VolumeId) {
         let Some(mounted) = self.learn(id) else { return };
         match self.fork(|| tidy(&mounted)) {
-            Ok(fork) => self.pend(fork, id, UPDATE_TIME, None, None),
+            Ok(fork) => self.pend(fork, id, UPDATE_TIME, None, false),
             Err(denied) => warn!(volume = %id, %denied, "leftovers stay"),
         }
     }
@@ -622,13 +618,14 @@ impl Broker {
         })
     }
 
-    fn pend(&mut self, fork: Fork, id: &VolumeId, time: Duration, caller: Waiting, detach: Option<Box<Mounted>>) {
+    fn pend(&mut self, fork: Fork, id: &VolumeId, time: Duration, caller: Waiting, orphaned: bool) {
         let (volume, deadline) = (id.clone(), Instant::now() + time);
-        self.forks.push(Pending { fork, volume, deadline, given_up: false, orphaned: false, caller, detach });
+        self.forks.push(Pending { fork, volume, deadline, given_up: false, orphaned, caller });
     }
 
-    /// Gives up the children that work on a volume that goes.
-    fn orphan(&mut self, id: &VolumeId) {
+    /// Gives up the children that work on a volume that goes; whether there were any.
+    fn orphan(&mut self, id: &VolumeId) -> bool {
+        let busy = self.is_busy(id);
         let mut told = Vec::new();
         for pending in self.forks.iter_mut().filter(|pending| pending.volume == *id) {
             pending.fork.kill();
@@ -638,6 +635,7 @@ impl Broker {
         for (caller, _) in told {
             self.reply(caller, Err(Denied::Busy), None);
         }
+        busy
     }
 
     /// Buries children that ended and gives up those that take too long.
@@ -652,25 +650,23 @@ impl Broker {
             if alive {
                 pending.fork.kill();
             }
-            self.settle(&mut pending, ended.unwrap_or(Err(Denied::Timeout)));
+            let result = ended.unwrap_or(Err(Denied::Timeout));
+            let broken = result == Err(Denied::Timeout);
+            self.settle(&mut pending, result);
             if alive {
                 pending.given_up = true;
                 self.forks.push(pending);
-            } else if pending.given_up && !pending.orphaned {
+            } else if broken && !pending.orphaned {
                 self.tidy(&pending.volume); // it ended where the kernel let it
             }
         }
     }
 
     /// Does what was to be done after a child, and answers who waits for it.
-    fn settle(&mut self, pending: &mut Pending, mut result: Result<(), Denied>) {
+    fn settle(&mut self, pending: &mut Pending, result: Result<(), Denied>) {
         let id = &pending.volume;
         if let Err(denied) = &result {
             warn!(volume = %id, %denied, "work on a volume did not end as it should");
-        }
-        if let Some(mounted) = pending.detach.take() {
-            pending.orphaned = true;
-            result = detach(&mounted);
         }
         self.learn(id);
         if let Some((caller, answer)) = pending.caller.take() {

@@ -254,17 +254,20 @@ pub(crate) fn tidy(mounted: &Mounted) -> Result<(), Denied> {
     writing(mounted, clean)
 }
 
-/// Overwrites everything that stands in a volume about to go. A file that an application leased is skipped.
-pub(crate) fn overwrite(mounted: &Mounted) -> Result<(), Denied> {
-    writing(mounted, overwrite_below)
-}
-
 /// Unmounts a volume that passed the safe test, by the checked descriptor and not by a path, and removes its
-/// directory: the kubelet expects the path to be gone.
-pub(crate) fn detach(mounted: &Mounted) -> Result<(), Denied> {
+/// directory: the kubelet expects the path to be gone. What comes back can still overwrite it. In this order a crash
+/// in between leaves no volume, where the other would leave one of zeros that looks whole.
+pub(crate) fn detach(mounted: &Mounted) -> Result<OwnedFd, Denied> {
+    let handle = writable(mounted)?; // a mount that is no longer attached cannot be cloned
     let path = format!("/proc/self/fd/{}", mounted.target.as_raw_fd());
     unmount(path, UnmountFlags::DETACH).at("unmount the volume")?;
-    remove_directory(&mounted.parent)
+    remove_directory(&mounted.parent)?;
+    Ok(handle)
+}
+
+/// Overwrites everything in a volume that was taken away. A file that an application leased is skipped.
+pub(crate) fn overwrite(handle: &OwnedFd) -> Result<(), Denied> {
+    overwrite_below(&open_dir(handle, ".")?)
 }
 
 /// Remove where nothing is mounted: an empty directory that a publish of ours left goes too, anything else stays.
@@ -318,11 +321,16 @@ fn prepared(parent: &OwnedFd) -> Result<(), Denied> {
 /// Lets `work` write through a clone of the mount that the broker alone has for a moment. No writable handle is kept
 /// between calls, so that a restart and an update take the same path.
 fn writing(mounted: &Mounted, work: impl FnOnce(&OwnedFd) -> Result<(), Denied>) -> Result<(), Denied> {
+    let handle = writable(mounted)?;
+    work(&open_dir(&handle, ".")?)?;
+    set_read_only(&handle, true).at("seal the clone")
+}
+
+fn writable(mounted: &Mounted) -> Result<OwnedFd, Denied> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
     let handle = open_tree(&mounted.target, "", flags).at("clone the mount")?;
     set_read_only(&handle, false).at("make the clone writable")?;
-    work(&open_dir(&handle, ".")?)?;
-    set_read_only(&handle, true).at("seal the clone")
+    Ok(handle)
 }
 
 /// Opens a directory inside a volume, where every name is the broker's own.
