@@ -61,7 +61,7 @@ const LEAVES: [&str; 2] = ["request", "secret"];
 /// Crates that only these files may use; a name ending in `/` is a directory.
 const CRATES: &[(&[&str], &[&str])] = &[
     (
-        &["tonic", "tonic_prost", "prost", "prost_types"],
+        &["tonic", "tonic_prost", "prost"],
         &["admin.rs", "csi.rs", "csi/", "node.rs", "registration.rs", "pods/kubelet.rs"],
     ),
     (&["kube", "k8s_openapi"], &["pods/", "events.rs"]),
