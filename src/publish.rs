@@ -22,7 +22,7 @@ use crate::request::files::Location;
 use crate::request::{Fault, Owner, PodRef, Publish, Refresh, VolumeId, summary};
 use crate::schedule::{Interval, Pace};
 use crate::secret::{Tag, TagKey};
-use crate::source::{Payload, SourceError, Sources};
+use crate::source::{Blame, Payload, SourceError, Sources};
 
 /// How long one fetch may try, in all: the kubelet gives a call 120 s, and a retriable code before that guarantees
 /// an unpublish (design 5.5).
@@ -300,7 +300,7 @@ impl Publisher {
         for warning in &warnings {
             self.events.warning(&publish.pod, "SealmountWarning", warning.to_string());
         }
-        let interval = interval(publish, &config)?;
+        let interval = interval(publish, &config).map_err(|fault| self.refused(&publish.pod, vec![fault]))?;
         let payload = self.fetch(slot, &grant, publish, &config).await?;
         let key = Client::new_key()?;
         let tag = tag_of(&key, &payload);
@@ -332,8 +332,9 @@ impl Publisher {
     async fn again(&self, slot: &Slot, volume: &mut Volume, publish: &Publish) -> Outcome {
         // Without a valid file there is nothing to judge or fetch by; the volume stands.
         let Ok(config) = self.config() else { return Outcome::Kept };
-        self.judge_again(volume, publish, &config).await;
-        if let Ok(interval) = interval(publish, &config) {
+        let interval = interval(publish, &config);
+        self.judge_again(volume, publish, &config, interval.as_ref().err()).await;
+        if let Ok(interval) = interval {
             volume.pace.set_interval(interval);
         }
         let vault = reads_vault(publish);
@@ -356,6 +357,8 @@ impl Publisher {
             }
             Err(error) => {
                 self.failed(&publish.volume, volume, &error);
+                // A source that hangs keeps the volume's lock for most of the time: said now, not when it is free.
+                self.note_stale(&publish.volume, volume, config.stale_after);
                 Outcome::Kept
             }
         }
@@ -386,17 +389,39 @@ impl Publisher {
         self.events.warning(&volume.pod, "SealmountRefreshFailed", note);
         let since = volume.failing.take().map_or_else(SystemTime::now, |(since, _)| since);
         volume.failing = Some((since, text));
-        volume.pace.fail(Instant::now());
+        let asked = match error {
+            PublishError::Source(SourceError { blame: Blame::Away(asked), .. }) => *asked,
+            _ => None,
+        };
+        volume.pace.fail(Instant::now(), asked);
     }
 
-    /// Looks at a standing volume's pod again: what the rules say now is reported once, and changes nothing.
-    async fn judge_again(&self, volume: &mut Volume, publish: &Publish, config: &Config) {
+    /// Reports content that is stale by now, once. Gives whether it did.
+    fn note_stale(&self, id: &VolumeId, volume: &mut Volume, after: Duration) -> bool {
+        let age = volume.confirmed.elapsed().unwrap_or_default();
+        if volume.stale || !volume.pace.stale(age, after) {
+            return false;
+        }
+        volume.stale = true;
+        let why = volume.failing.as_ref().map_or("the kubelet brought nothing new", |(_, text)| text.as_str());
+        let text = format!("volume {}: the content was last confirmed {} s ago: {why}", id.name, age.as_secs());
+        tracing::warn!(pod = %volume.pod, volume = %id, "{text}");
+        self.events.warning(&volume.pod, "SealmountStale", text);
+        true
+    }
+
+    /// Looks at a standing volume's pod again: what the rules, or the platform's file by `fault`, say now is reported
+    /// once, and changes nothing.
+    async fn judge_again(&self, volume: &mut Volume, publish: &Publish, config: &Config, fault: Option<&Fault>) {
         // Facts away are no reason to say anything about a volume that stands.
         let Ok(facts) = self.pods.get(&publish.pod).await else { return };
         let found = match policy::judge(&publish.volume, &publish.claim, &facts, &config.policy, SystemTime::now()) {
             Ok((grant, _)) if grant.owner() == volume.owner => {
                 volume.grant = Some(grant);
-                None
+                fault.map(|fault| {
+                    self.metrics.refusal(fault.code);
+                    summary(std::slice::from_ref(fault))
+                })
             }
             Ok((grant, _)) => Some(format!(
                 "the owner would be UID {} now, but the volume stands with {}: delete the pod to change it",
@@ -534,18 +559,11 @@ impl Publisher {
     pub fn report_stale(&self) {
         let Ok(after) = self.config().map(|config| config.stale_after) else { return };
         let slots: Vec<_> = locked(&self.slots).iter().map(|(id, slot)| (id.clone(), slot.clone())).collect();
-        let now = SystemTime::now();
         for (id, slot) in slots {
             // Whoever holds the lock is refreshing it right now.
             let Ok(mut state) = slot.state.try_lock() else { continue };
             let Some(volume) = state.as_mut() else { continue };
-            let age = now.duration_since(volume.confirmed).unwrap_or_default();
-            if !volume.stale && volume.pace.stale(age, after) {
-                volume.stale = true;
-                let why = volume.failing.as_ref().map_or("the kubelet brought nothing new", |(_, text)| text.as_str());
-                let text = format!("volume {}: the content was last confirmed {} s ago: {why}", id.name, age.as_secs());
-                tracing::warn!(pod = %volume.pod, volume = %id, "{text}");
-                self.events.warning(&volume.pod, "SealmountStale", text);
+            if self.note_stale(&id, volume, after) {
                 slot.show(&id, Some(volume));
             }
         }
@@ -632,15 +650,15 @@ fn connection(publish: &Publish, config: &Config) -> Option<String> {
 }
 
 /// What drives the volume's refreshes. An interval outside the connection's bounds is a fault of the pod's.
-fn interval(publish: &Publish, config: &Config) -> Result<Interval, PublishError> {
+fn interval(publish: &Publish, config: &Config) -> Result<Interval, Fault> {
     if !reads_vault(publish) {
         return Ok(Interval::Kubelet);
     }
     let refresh = config.connection(&publish.claim).and_then(|connection| connection.refresh(&publish.claim));
-    match refresh.map_err(|fault| PublishError::Refused(vec![fault]))? {
-        Refresh::Every(every) => Ok(Interval::Every(every)),
-        Refresh::Never => Ok(Interval::Never),
-    }
+    refresh.map(|refresh| match refresh {
+        Refresh::Every(every) => Interval::Every(every),
+        Refresh::Never => Interval::Never,
+    })
 }
 
 fn bytes(payload: &Payload) -> u64 {

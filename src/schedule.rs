@@ -8,6 +8,8 @@ use tokio::time::Instant;
 const FIRST_RETRY: Duration = Duration::from_secs(5);
 /// The longest wait after failed refreshes, where the interval is not shorter.
 const LAST_RETRY: Duration = Duration::from_secs(300);
+/// The longest wait that a server may ask for (`Retry-After`): it must not keep content from being refreshed for good.
+const LONGEST_ASKED: Duration = Duration::from_secs(3600);
 
 /// What drives a volume's refreshes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,13 +51,15 @@ impl Pace {
         self.retry = None;
     }
 
-    /// A refresh failed: the next is tried sooner than the interval says, but never in a storm.
-    pub fn fail(&mut self, now: Instant) {
+    /// A refresh failed: the next is tried sooner than the interval says, but never in a storm, and not before the
+    /// time the server `asked` for.
+    pub fn fail(&mut self, now: Instant, asked: Option<Duration>) {
         let wait = FIRST_RETRY.saturating_mul(2_u32.saturating_pow(self.failures.min(16))).min(LAST_RETRY);
         let wait = match self.interval {
             Interval::Every(interval) => wait.min(interval),
             Interval::Kubelet | Interval::Never => wait,
         };
+        let wait = wait.max(asked.unwrap_or_default().min(LONGEST_ASKED));
         self.failures = self.failures.saturating_add(1);
         self.retry = now.checked_add(wait);
     }
@@ -112,16 +116,26 @@ mod tests {
         let mut pace = Pace::new(Interval::Every(HOUR), start, 0);
         let mut waits = Vec::new();
         for _ in 0..9 {
-            pace.fail(start);
+            pace.fail(start, None);
             waits.push(pace.retry.unwrap() - start);
         }
         assert_eq!(waits[..4], [5, 10, 20, 40].map(Duration::from_secs));
         assert_eq!(waits[8], LAST_RETRY);
         let mut short = Pace::new(Interval::Every(SECOND), start, 0);
-        short.fail(start);
+        short.fail(start, None);
         assert!(short.due(start + SECOND));
         short.confirm(start + SECOND);
         assert!(!short.due(start + SECOND));
+    }
+
+    #[tokio::test]
+    async fn a_server_that_asks_for_time_gets_it_within_bounds() {
+        let start = Instant::now();
+        for (asked, wait) in [(1, 5), (77, 77), (u64::MAX, 3600)] {
+            let mut pace = Pace::new(Interval::Every(HOUR), start, 0);
+            pace.fail(start, Some(Duration::from_secs(asked)));
+            assert_eq!(pace.retry, Some(start + Duration::from_secs(wait)), "asked for {asked} s");
+        }
     }
 
     #[tokio::test]
@@ -130,7 +144,7 @@ mod tests {
         let mut pace = Pace::new(Interval::Never, start, 0);
         assert!(!pace.due(start + HOUR * 1000));
         assert!(!pace.stale(HOUR * 1000, SECOND));
-        pace.fail(start);
+        pace.fail(start, None);
         assert!(pace.due(start + HOUR));
         assert!(pace.stale(HOUR, SECOND));
     }

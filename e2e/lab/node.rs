@@ -25,12 +25,15 @@ pub struct Options {
     pub node: String,
     /// More flags.
     pub args: Vec<String>,
+    /// Variables of its environment, beside those of the test.
+    pub env: Vec<(String, String)>,
 }
 
 impl Options {
     /// A node named `node-a` with this platform's file.
     pub fn new(config: &str) -> Self {
-        Self { config: config.to_owned(), files: Vec::new(), node: "node-a".into(), args: Vec::new() }
+        let config = config.to_owned();
+        Self { config, files: Vec::new(), node: "node-a".into(), args: Vec::new(), env: Vec::new() }
     }
 
     /// Puts a file beside the platform's.
@@ -42,6 +45,12 @@ impl Options {
     /// Adds a flag.
     pub fn arg(mut self, arg: &str) -> Self {
         self.args.push(arg.to_owned());
+        self
+    }
+
+    /// Sets a variable of its environment.
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.env.push((name.to_owned(), value.to_owned()));
         self
     }
 }
@@ -109,6 +118,7 @@ impl Node {
             .arg(format!("manifest:{}", self.manifests().display()))
             .args(["--listen", &format!("127.0.0.1:{}", self.metrics)])
             .args(&self.options.args)
+            .envs(self.options.env.iter().cloned())
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log)

@@ -5,11 +5,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::process::Signal;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use super::node::{children, signal_process};
 use super::{Authority, Daemon, Identity, Issuer, Server, program};
 
 /// The server, initialised and unsealed; it ends with this value.
@@ -95,6 +97,21 @@ impl OpenBao {
     /// Kills the server; what it stored stays.
     pub fn stop(&mut self) {
         self.daemon.stop();
+    }
+
+    /// Stops it from running: it takes connections and answers nothing, until [`Self::go_on`].
+    pub fn hang(&self) {
+        signal_process(self.process(), Signal::STOP).expect("stop OpenBao");
+    }
+
+    /// Lets it run again.
+    pub fn go_on(&self) {
+        signal_process(self.process(), Signal::CONT).expect("continue OpenBao");
+    }
+
+    fn process(&self) -> u32 {
+        let name = |pid: &u32| std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        children(self.daemon.id()).into_iter().find(|pid| name(pid).trim() == "bao").expect("OpenBao runs")
     }
 
     /// Starts it on the same port again, sealed as after any start, and unseals it.

@@ -17,9 +17,9 @@ use crate::lab::kubelet::{PodSpec, dial, inode};
 use crate::lab::node::{Node, Options, binary};
 use crate::secret::{pod, read};
 
-const SOON: Duration = Duration::from_secs(20);
+pub(crate) const SOON: Duration = Duration::from_secs(20);
 
-async fn until(what: &str, node: &Node, mut holds: impl AsyncFnMut() -> bool) {
+pub(crate) async fn until(what: &str, node: &Node, mut holds: impl AsyncFnMut() -> bool) {
     let end = Instant::now() + SOON;
     while !holds().await {
         assert!(Instant::now() < end, "{what} did not come to hold:\n{}", node.log());
@@ -221,7 +221,7 @@ async fn content_nobody_confirms_is_reported_as_stale_and_fresh_again() {
 }
 
 /// Nothing the driver says or writes outside its volumes holds the needle.
-async fn kept_out(node: &Node, needle: &str) {
+pub(crate) async fn kept_out(node: &Node, needle: &str) {
     let places = [("log", node.log()), ("status", status(node)), ("metrics", metrics(node).await)];
     for (place, text) in places {
         assert!(!text.contains(needle), "{place} holds the canary:\n{text}");

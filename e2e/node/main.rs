@@ -11,6 +11,8 @@ mod hostile;
 mod kill;
 mod life;
 mod many;
+mod openbao;
+mod outage;
 mod pods;
 mod secret;
 mod vault;

@@ -17,7 +17,7 @@ use super::proto::csi::{
 };
 use super::{parse, status};
 use crate::metrics::{Metrics, Outcome};
-use crate::publish::Publisher;
+use crate::publish::{PublishError, Publisher};
 
 /// The service of one worker.
 #[allow(missing_debug_implementations)] // its publisher holds logins
@@ -59,7 +59,14 @@ impl Node for NodeService {
             Err(error) => {
                 let answer = status::of(&error);
                 tracing::warn!(%pod, %volume, code = ?answer.code(), "publish: {}", answer.message());
-                self.metrics.publish(outcome(answer.code()));
+                let outcome = outcome(answer.code());
+                // Refusals of the rules are counted where they are found, also for volumes that stand.
+                if let PublishError::Source(source) = &error
+                    && outcome == Outcome::Refused
+                {
+                    self.metrics.refusal(source.fault.code);
+                }
+                self.metrics.publish(outcome);
                 Err(answer)
             }
         }
