@@ -39,6 +39,8 @@ fn recorded(authority: &Authority, elsewhere: String, broken: Arc<AtomicBool>) -
             Some(_) if !broken.load(Ordering::Relaxed) => secret(""),
             Some("busy") => Reply::json(429, &body),
             Some("asks") => Reply::json(429, &body).header("retry-after", "600"),
+            Some("forbidden") => Reply::json(403, &body),
+            Some("lags") => Reply::json(412, &body),
             Some("error") => Reply::json(500, &body),
             Some("gateway") => Reply::text(502, &format!("<html>{NEEDLE}</html>")),
             Some("cut") => secret("").cut(30),
@@ -133,6 +135,7 @@ async fn a_first_publish_fails_with_a_code_of_its_own_and_nothing_is_mounted() {
         (of("mountless", SECRET), "SM34", Code::FailedPrecondition),
         (of("recorded", "kv1/payments/busy"), "SM326", Code::Unavailable),
         (of("recorded", "kv1/payments/asks"), "SM326", Code::Unavailable),
+        (of("recorded", "kv1/payments/lags"), "SM330", Code::Unavailable),
         (of("recorded", "kv1/payments/error"), "SM328", Code::Unavailable),
         (of("recorded", "kv1/payments/gateway"), "SM328", Code::Unavailable),
         (of("recorded", "kv1/payments/cut"), "SM323", Code::Unavailable),
@@ -207,6 +210,8 @@ async fn a_volume_that_stands_keeps_its_content_says_so_and_recovers_by_itself()
     ];
     for (what, code) in [
         ("busy", "SM326"),
+        ("forbidden", "SM360"),
+        ("lags", "SM330"),
         ("error", "SM328"),
         ("cut", "SM323"),
         ("slow", "SM322"),
@@ -328,5 +333,32 @@ async fn an_unpublish_does_not_wait_for_a_vault_that_hangs() {
         kubelet.unpublish(&other, "creds").await.unwrap();
         until("the number of tokens", &node, async || vault.bao.tokens().await == before).await;
         none_in_memory(&node, &[NEEDLE]).await;
+    }
+}
+
+#[tokio::test]
+async fn a_login_that_nobody_waits_for_any_more_is_revoked_when_it_comes() {
+    let authority = Authority::new();
+    let server = Server::start(&authority.server(), |seen: &Seen| match seen.path.ends_with("/login") {
+        true => Reply::json(200, &json!({"auth": {"client_token": "s.late", "lease_duration": 600}}))
+            .after(Duration::from_secs(2)),
+        false => Reply::status(204),
+    });
+    let issuer = Issuer::new();
+    for method in ["jwt", "kubernetes"] {
+        let config = platform(&[("prod", connection(&server.address(), method))]);
+        let (node, kubelet) = Node::start(options(&config, authority.pem())).await;
+        let pod = reads(&issuer, "prod", SECRET);
+        kubelet.admit(&pod);
+        let count = |what: &str| server.seen().iter().filter(|seen| seen.path.ends_with(what)).count();
+        let before = (count("/login"), count("/revoke-self"));
+        let (published, ()) = tokio::join!(kubelet.publish(&pod, "creds"), async {
+            until("the login", &node, async || count("/login") > before.0).await;
+            kubelet.unpublish(&pod, "creds").await.unwrap();
+        });
+        assert_eq!(published.unwrap_err().code(), Code::Aborted);
+        until("the token's end", &node, async || count("/revoke-self") > before.1).await;
+        assert_eq!((count("/login"), count("/revoke-self")), (before.0 + 1, before.1 + 1));
+        assert!(server.seen().iter().all(|seen| !seen.path.contains("canary")), "a read for nobody");
     }
 }

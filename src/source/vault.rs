@@ -116,7 +116,8 @@ impl Connections {
         let slot = order.key.as_ref().map(|key| room.logins.slot(key, &order.volume));
         // A slot of this fetch alone is dropped with it, and its login revoked.
         let slot = slot.unwrap_or_else(|| Arc::new(Slot::new()));
-        let reader = Reader { room: Arc::clone(&room), revoker: Arc::clone(&self.revoker), slot, who: order.who };
+        let reader =
+            Reader { room: Arc::clone(&room), revoker: Arc::clone(&self.revoker), slot, who: Arc::new(order.who) };
         let reader = Arc::new(reader);
         let reads = order.places.into_iter().map(|place| {
             let (reader, key) = (Arc::clone(&reader), order.key.clone());
@@ -228,7 +229,7 @@ struct Reader {
     room: Arc<Room>,
     revoker: Arc<Revoker>,
     slot: Arc<Slot>,
-    who: Who,
+    who: Arc<Who>,
 }
 
 impl Reader {

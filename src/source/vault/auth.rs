@@ -242,7 +242,7 @@ impl Slot {
         &self,
         client: &Arc<Client>,
         revoker: &Arc<Revoker>,
-        who: &Who,
+        who: &Arc<Who>,
         deadline: Instant,
     ) -> Result<Arc<Login>, SourceError> {
         let mut standing = self.login.lock().await;
@@ -252,7 +252,16 @@ impl Slot {
         {
             return Ok(Arc::clone(login));
         }
-        let login = Arc::new(Login::new(client, revoker, who, deadline).await?);
+        // A task of its own: a login under way whose pod goes would leave a token that nobody knows.
+        let task = {
+            let (client, revoker, who) = (Arc::clone(client), Arc::clone(revoker), Arc::clone(who));
+            tokio::spawn(async move { Login::new(&client, &revoker, &who, deadline).await })
+        };
+        let login = task.await.unwrap_or_else(|_| {
+            let text = "the login ended without an answer";
+            Err(SourceError::new(Blame::Away(None), codes::CUT, client.field("auth"), text))
+        })?;
+        let login = Arc::new(login);
         *standing = Some(Arc::clone(&login));
         Ok(login)
     }
