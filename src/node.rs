@@ -171,19 +171,17 @@ pub async fn run(options: Options, inherited: Inherited) -> Result<End, NodeErro
         publisher: Arc::clone(&publisher),
         health: Arc::clone(&health),
     };
-    let layers = ServiceBuilder::new()
-        .layer(RedactedTrace)
-        .layer(CallerIsRoot)
-        .layer(GlobalConcurrencyLimitLayer::new(CALLS_AT_ONCE))
-        .layer(TimeoutLayer::new(CALL_DEADLINE));
+    let layers =
+        || ServiceBuilder::new().layer(RedactedTrace).layer(CallerIsRoot).layer(TimeoutLayer::new(CALL_DEADLINE));
     let csi = Server::builder()
-        .layer(layers.clone())
+        .layer(layers().layer(GlobalConcurrencyLimitLayer::new(CALLS_AT_ONCE)))
         .add_service(IdentityServer::new(IdentityService))
         .add_service(NodeServer::new(service).max_decoding_message_size(MAX_REQUEST))
         .add_service(AdminServer::new(admin))
         .serve_with_incoming_shutdown(incoming(inherited.csi, "CSI socket")?, until(stopped.clone()));
+    // Without the limit: the kubelet waits a second for this answer, whatever else is at work.
     let registration = Server::builder()
-        .layer(layers)
+        .layer(layers())
         .add_service(RegistrationServer::new(registration))
         .serve_with_incoming_shutdown(incoming(inherited.registration, "registration socket")?, until(stopped.clone()));
     let mut csi = tokio::spawn(csi);

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
-use tokio::sync::{Mutex as AsyncMutex, watch};
+use tokio::sync::{Mutex as AsyncMutex, Semaphore, watch};
 use tokio::time::Instant;
 
 use crate::broker::client::{Client, ClientError, Content};
@@ -33,6 +33,10 @@ const FETCH_FOR: Duration = Duration::from_secs(30);
 /// no container before it has its answers.
 const REFRESH_IN_CALL: Duration = Duration::from_secs(2);
 
+/// First publishes that may wait for Vault at one time. Less than the calls a worker takes at one time: what needs no
+/// Vault, an unpublish above all, must find a place while Vault is away.
+const WAITING_FOR_VAULT: usize = 128;
+
 /// Why a volume was not published or removed. One variant a step.
 #[derive(Debug, thiserror::Error)]
 pub enum PublishError {
@@ -51,6 +55,9 @@ pub enum PublishError {
     /// The platform's file was not valid when the driver started.
     #[error("the platform file is not valid; the driver's log and `sealmount status` say why")]
     NoConfig,
+    /// As many volumes as may wait for Vault are waiting.
+    #[error("{WAITING_FOR_VAULT} other volumes of this node wait for Vault; this one is tried again")]
+    Crowded,
     /// An unpublish of the same volume came while its secrets were fetched.
     #[error("the volume was unpublished while its secrets were fetched")]
     Unpublished,
@@ -206,6 +213,7 @@ pub struct Publisher {
     events: Events,
     metrics: Metrics,
     slots: Mutex<BTreeMap<VolumeId, Arc<Slot>>>,
+    waiting: Arc<Semaphore>,
 }
 
 impl Publisher {
@@ -226,8 +234,9 @@ impl Publisher {
             (found.volume.clone(), Slot::new(Some(volume), &found.volume))
         });
         let slots = Mutex::new(slots.collect());
-        let publisher =
-            Self { config: Mutex::new(config.map(Arc::new)), pods, sources, broker, events, metrics, slots };
+        let waiting = Arc::new(Semaphore::new(WAITING_FOR_VAULT));
+        let config = Mutex::new(config.map(Arc::new));
+        let publisher = Self { config, pods, sources, broker, events, metrics, slots, waiting };
         publisher.count();
         publisher
     }
@@ -252,7 +261,19 @@ impl Publisher {
         if stands && slot.state.try_lock().is_err() {
             return Ok(Outcome::Kept);
         }
-        let task = tokio::spawn(async move { this.publish_locked(&slot, publish).await });
+        // A volume that stands is answered soon in any case.
+        let mut place = None;
+        if !stands && reads_vault(&publish) {
+            place = Arc::clone(&self.waiting).try_acquire_owned().ok();
+            if place.is_none() {
+                self.drop_slot(&publish.volume);
+                return Err(PublishError::Crowded);
+            }
+        }
+        let task = tokio::spawn(async move {
+            let _place = place;
+            this.publish_locked(&slot, publish).await
+        });
         if !stands {
             return task.await.unwrap_or(Err(PublishError::Lost));
         }

@@ -17,7 +17,7 @@ use crate::lab::node::{Node, Options};
 use crate::lab::{Authority, Issuer, Reply, Seen, Server};
 use crate::life::{kept_out, metrics, status, until};
 use crate::openbao::{AUDIENCE, Vault, connection, none_in_memory, options, platform, pod, refused};
-use crate::secret::read;
+use crate::secret::{pod as secret_pod, read};
 
 /// Stands in every secret and in every body of an error.
 const NEEDLE: &str = "canary-d20b97-Xk3Vha";
@@ -361,4 +361,39 @@ async fn a_login_that_nobody_waits_for_any_more_is_revoked_when_it_comes() {
         assert_eq!((count("/login"), count("/revoke-self")), (before.0 + 1, before.1 + 1));
         assert!(server.seen().iter().all(|seen| !seen.path.contains("canary")), "a read for nobody");
     }
+}
+
+/// More volumes than the driver takes calls at one time wait for a Vault that hangs.
+#[tokio::test]
+async fn what_needs_no_vault_never_waits_for_those_that_do() {
+    let vault = vault().await;
+    let mut config = platform(&[("prod", connection(&vault.bao.address(), "kubernetes"))]);
+    config["limits"] = json!({"volume_bytes": "64KiB"});
+    let (node, kubelet) = Node::start(options(&config, vault.bao.ca_pem())).await;
+    let pods: Vec<_> = (0..260).map(|_| reads(&vault.issuer, "prod", SECRET)).collect();
+    let [calm, gone] = ["calm", "gone"].map(secret_pod);
+    pods.iter().chain([&calm, &gone]).for_each(|pod| kubelet.admit(pod));
+    kubelet.publish(&gone, "creds").await.unwrap();
+    vault.bao.hang();
+    let all = join_all(pods.iter().map(|pod| kubelet.publish(pod, "creds")));
+    let others = async {
+        // All have asked by then; none is answered for as long as one request may take, which is ten seconds.
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        let others = async {
+            kubelet.publish(&calm, "creds").await.unwrap();
+            kubelet.unpublish(&gone, "creds").await.unwrap();
+            kubelet.register(Duration::from_secs(1)).await.unwrap();
+        };
+        tokio::time::timeout(Duration::from_secs(6), others).await.expect("others wait for Vault");
+        vault.bao.go_on();
+    };
+    let (all, ()) = tokio::join!(all, others);
+    for status in all.into_iter().filter_map(Result::err) {
+        assert_eq!(status.code(), Code::Unavailable, "{status:?}");
+    }
+    // Who was turned away comes again, as the kubelet does.
+    for pod in &pods {
+        kubelet.publish(pod, "creds").await.unwrap();
+    }
+    assert_eq!(node.mounts().len(), pods.len() + 1);
 }

@@ -44,7 +44,7 @@ fn code(error: &PublishError) -> Code {
             ClientError::Work(_) => Code::ResourceExhausted,
             ClientError::Denied(denied) => denied_code(denied),
         },
-        PublishError::NoConfig => Code::Unavailable,
+        PublishError::NoConfig | PublishError::Crowded => Code::Unavailable,
         PublishError::Unpublished | PublishError::Lost => Code::Aborted,
     }
 }
