@@ -3,30 +3,38 @@
 //! One lock a volume; nothing here waits for another volume. A first publish is refused or fails whole; once a
 //! volume stands, nothing but an unpublish takes its content away (the promise P2 and P3).
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+mod volume;
 
-use serde::{Deserialize, Serialize};
-use tokio::sync::{Mutex as AsyncMutex, Semaphore, watch};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime};
+
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use crate::broker::client::{Client, ClientError, Content};
-use crate::broker::wire::{Answer, MAX_NOTE, Standing as OnNode};
+use crate::broker::wire::{Answer, Standing as OnNode};
 use crate::config::Config;
 use crate::events::Events;
 use crate::metrics::{Metrics, Outcome};
 use crate::pods::{Pods, PodsError};
 use crate::policy::{self, Grant};
 use crate::request::files::Location;
-use crate::request::{Fault, Owner, PodRef, Publish, Refresh, VolumeId, summary};
+use crate::request::{Fault, PodRef, Publish, Refresh, VolumeId, summary};
 use crate::schedule::{Interval, Pace};
-use crate::secret::{Tag, TagKey};
+use crate::secret::TagKey;
 use crate::source::{Blame, Payload, SourceError, Sources};
+use volume::{Note, Slot, Volume, adopt, jitter, locked, secret_tag, tag_of, unix};
+
+pub use volume::VolumeStatus;
 
 /// How long one fetch may try, in all: the kubelet gives a call 120 s, and a retriable code before that guarantees
 /// an unpublish (design 5.5).
 const FETCH_FOR: Duration = Duration::from_secs(30);
+
+/// How long the refresh of a standing volume may try: it is tried again when [`Pace`] says, and until it has failed
+/// nobody is told that the source is away.
+const REFRESH_FOR: Duration = Duration::from_secs(15);
 
 /// How long a publish of a standing volume waits for its refresh before it answers OK with the old content. The
 /// refresh goes on. A kubelet that restarts while Vault is away publishes all volumes of the node again and starts
@@ -64,143 +72,6 @@ pub enum PublishError {
     /// The operation's task ended without an answer.
     #[error("the operation ended without an answer; it is tried again")]
     Lost,
-}
-
-/// What survives a restart of everything, stored by the broker with the volume (design 3: the note).
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Note {
-    namespace: String,
-    pod: String,
-    service_account: String,
-    /// The claim's attributes digest: content is adopted only for the request it was made for.
-    digest: [u8; 32],
-    /// The Vault connection, if any entry comes from Vault.
-    connection: Option<String>,
-    /// Unix seconds when the source last confirmed the content.
-    confirmed: u64,
-}
-
-impl Note {
-    fn new(publish: &Publish, connection: Option<String>, confirmed: SystemTime) -> Self {
-        Self {
-            namespace: publish.pod.namespace.clone(),
-            pod: publish.pod.name.clone(),
-            service_account: publish.pod.service_account.clone(),
-            digest: publish.claim.digest,
-            connection,
-            confirmed: unix(confirmed),
-        }
-    }
-
-    /// Every part is bounded by Kubernetes' own limits on names (253 bytes), so this fits [`MAX_NOTE`]; where it
-    /// does not, nothing is noted and a restart fetches again.
-    fn encode(&self) -> Vec<u8> {
-        postcard::to_stdvec(self).ok().filter(|bytes| bytes.len() <= MAX_NOTE).unwrap_or_default()
-    }
-}
-
-/// A volume that stands, as the worker knows it.
-#[derive(Debug)]
-struct Volume {
-    pod: PodRef,
-    owner: Owner,
-    /// `None` only between an adoption and the first publish after it, or when the pod refuses since.
-    grant: Option<Grant>,
-    key: TagKey,
-    /// `None` after an adoption: the broker never tells tags.
-    tag: Option<KnownTag>,
-    /// Tag of the Secret's data alone, to see a change of it in a volume that also reads Vault.
-    secret_tag: Option<KnownTag>,
-    note: Option<Note>,
-    since: SystemTime,
-    confirmed: SystemTime,
-    pace: Pace,
-    /// The last failure since the content was confirmed, and when the first was.
-    failing: Option<(SystemTime, String)>,
-    /// What the rules say against the pod now, reported once.
-    refused: Option<String>,
-    stale: bool,
-    bytes: u64,
-    generation: u64,
-}
-
-/// A tag in the worker's memory, without a Debug of its own.
-#[derive(Clone, Copy, PartialEq, Eq)]
-struct KnownTag(Tag);
-
-impl std::fmt::Debug for KnownTag {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("KnownTag")
-    }
-}
-
-/// One volume's place: its lock, and a word to whoever fetches under it that the volume is leaving.
-#[derive(Debug)]
-struct Slot {
-    state: AsyncMutex<Option<Volume>>,
-    leaving: watch::Sender<bool>,
-    /// What [`Publisher::status`] reads without the lock; `Some` while the volume stands.
-    shown: Mutex<Option<VolumeStatus>>,
-}
-
-impl Slot {
-    fn new(volume: Option<Volume>, id: &VolumeId) -> Arc<Self> {
-        let shown = Mutex::new(volume.as_ref().map(|volume| volume.status(id)));
-        Arc::new(Self { state: AsyncMutex::new(volume), leaving: watch::Sender::new(false), shown })
-    }
-
-    fn show(&self, id: &VolumeId, volume: Option<&Volume>) {
-        *locked(&self.shown) = volume.map(|volume| volume.status(id));
-    }
-
-    fn stands(&self) -> bool {
-        locked(&self.shown).is_some()
-    }
-}
-
-/// One line of `sealmount status`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct VolumeStatus {
-    /// The volume.
-    pub volume: VolumeId,
-    /// The pod.
-    pub pod: PodRef,
-    /// Owner of the files.
-    pub owner: Owner,
-    /// The Vault connection, if any entry comes from Vault.
-    pub connection: Option<String>,
-    /// First published.
-    pub since: SystemTime,
-    /// When the source last confirmed the content.
-    pub confirmed: SystemTime,
-    /// When the first failed refresh since then was, and what the last one said.
-    pub failing: Option<(SystemTime, String)>,
-    /// What the rules say against the pod by now.
-    pub refused: Option<String>,
-    /// Reported as stale.
-    pub stale: bool,
-    /// Content bytes.
-    pub bytes: u64,
-    /// Counts the swaps.
-    pub generation: u64,
-}
-
-impl Volume {
-    fn status(&self, id: &VolumeId) -> VolumeStatus {
-        VolumeStatus {
-            volume: id.clone(),
-            pod: self.pod.clone(),
-            owner: self.owner,
-            connection: self.note.as_ref().and_then(|note| note.connection.clone()),
-            since: self.since,
-            confirmed: self.confirmed,
-            failing: self.failing.clone(),
-            refused: self.refused.clone(),
-            stale: self.stale,
-            bytes: self.bytes,
-            generation: self.generation,
-        }
-    }
 }
 
 /// Everything a publish needs. Cheap to share, one a worker.
@@ -322,7 +193,7 @@ impl Publisher {
             self.events.warning(&publish.pod, "SealmountWarning", warning.to_string());
         }
         let interval = interval(publish, &config).map_err(|fault| self.refused(&publish.pod, vec![fault]))?;
-        let payload = self.fetch(slot, &grant, publish, &config).await?;
+        let payload = self.fetch(slot, &grant, publish, &config, FETCH_FOR).await?;
         let key = Client::new_key()?;
         let tag = tag_of(&key, &payload);
         let now = SystemTime::now();
@@ -335,7 +206,7 @@ impl Publisher {
             owner: grant.owner(),
             grant: Some(grant),
             key,
-            tag: Some(KnownTag(tag)),
+            tag: Some(tag),
             secret_tag: secret_tag(&key, publish),
             note: Some(note),
             since: now,
@@ -478,15 +349,15 @@ impl Publisher {
         publish: &Publish,
         config: &Arc<Config>,
     ) -> Result<Outcome, PublishError> {
-        let payload = self.fetch(slot, grant, publish, config).await?;
+        let payload = self.fetch(slot, grant, publish, config, REFRESH_FOR).await?;
         let tag = tag_of(&volume.key, &payload);
         // What the kubelet brings is compared in memory. What Vault confirms is noted, so that a restart knows its age.
-        if volume.tag == Some(KnownTag(tag)) && !reads_vault(publish) {
+        if volume.tag == Some(tag) && !reads_vault(publish) {
             return Ok(Outcome::Unchanged);
         }
         let note = Note::new(publish, connection(publish, config), SystemTime::now());
         let answer = self.commit(grant, config, volume.key, &note, &payload).await?;
-        volume.tag = Some(KnownTag(tag));
+        volume.tag = Some(tag);
         volume.note = Some(note);
         if answer != Answer::Swapped {
             return Ok(Outcome::Unchanged);
@@ -503,13 +374,14 @@ impl Publisher {
         grant: &Grant,
         publish: &Publish,
         config: &Arc<Config>,
+        within: Duration,
     ) -> Result<Payload, PublishError> {
         let mut leaving = slot.leaving.subscribe();
         let start = Instant::now();
         let payload = tokio::select! {
             // An unpublish needs no Vault, so it must not wait for one either.
             _ = leaving.wait_for(|leaving| *leaving) => return Err(PublishError::Unpublished),
-            payload = self.sources.fetch(grant, publish, config, start + FETCH_FOR) => payload,
+            payload = self.sources.fetch(grant, publish, config, start + within) => payload,
         };
         let connection = connection(publish, config);
         let source = if connection.is_some() { "vault" } else { "kubernetes" };
@@ -617,45 +489,15 @@ impl Publisher {
     }
 
     fn count(&self) {
-        let status = self.status();
-        let stale = status.iter().filter(|volume| volume.stale).count();
-        self.metrics.set_volumes(status.len(), stale, status.iter().map(|volume| volume.confirmed).min());
-    }
-}
-
-/// A volume found on the node at start. Its content is adopted as it is; how old it is, its note says.
-fn adopt(found: &OnNode) -> Volume {
-    let note: Option<Note> = postcard::from_bytes(&found.note).ok();
-    let since = UNIX_EPOCH + Duration::from_secs(found.since);
-    let confirmed = note.as_ref().map_or(since, |note| UNIX_EPOCH + Duration::from_secs(note.confirmed));
-    let (namespace, name, service_account) = note
-        .as_ref()
-        .map_or_else(Default::default, |note| (note.namespace.clone(), note.pod.clone(), note.service_account.clone()));
-    let interval = match &note {
-        // The claim is not known before the kubelet publishes again: until then nothing is due.
-        Some(note) if note.connection.is_some() => Interval::Never,
-        _ => Interval::Kubelet,
-    };
-    let age = confirmed.elapsed().unwrap_or_default();
-    let now = Instant::now();
-    let key = TagKey(found.key);
-    Volume {
-        pod: PodRef { namespace, name, uid: found.volume.pod.clone(), service_account },
-        owner: found.owner,
-        grant: None,
-        key,
-        tag: None,
-        secret_tag: None,
-        note,
-        since,
-        confirmed,
-        // A monotonic clock that began after the content was confirmed cannot say so: then it counts from now.
-        pace: Pace::new(interval, now.checked_sub(age).unwrap_or(now), jitter(&key)),
-        failing: None,
-        refused: None,
-        stale: false,
-        bytes: found.bytes,
-        generation: found.generation,
+        let (mut standing, mut stale, mut oldest) = (0, 0, None);
+        for slot in locked(&self.slots).values() {
+            if let Some(volume) = &*locked(&slot.shown) {
+                standing += 1;
+                stale += usize::from(volume.stale);
+                oldest = Some(oldest.map_or(volume.confirmed, |oldest: SystemTime| oldest.min(volume.confirmed)));
+            }
+        }
+        self.metrics.set_volumes(standing, stale, oldest);
     }
 }
 
@@ -684,28 +526,4 @@ fn interval(publish: &Publish, config: &Config) -> Result<Interval, Fault> {
 
 fn bytes(payload: &Payload) -> u64 {
     payload.files.iter().map(|(_, bytes)| bytes.len() as u64).sum()
-}
-
-fn tag_of(key: &TagKey, payload: &Payload) -> Tag {
-    key.tag(payload.files.iter().map(|(name, bytes)| (name.as_str(), bytes)))
-}
-
-fn secret_tag(key: &TagKey, publish: &Publish) -> Option<KnownTag> {
-    let secret = publish.secret.as_ref()?;
-    Some(KnownTag(key.tag(secret.iter().map(|(name, bytes)| (name.as_str(), bytes)))))
-}
-
-/// A part of the volume's random key serves as its jitter: volumes published together do not fetch together.
-fn jitter(key: &TagKey) -> u8 {
-    let [jitter, ..] = key.0;
-    jitter
-}
-
-fn unix(time: SystemTime) -> u64 {
-    time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
-}
-
-/// A panic while one of these short locks is held leaves a whole value behind, so its poison is no news.
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
