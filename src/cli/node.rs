@@ -53,6 +53,20 @@ pub(super) struct Flags {
     /// Serve although the kernel cannot keep a tmpfs out of swap (before Linux 6.4)
     #[arg(long)]
     allow_swap: bool,
+    /// Not available in this version
+    #[arg(long, value_name = "MODE", hide = true, value_parser = later)]
+    gate: Option<Later>,
+    /// Not available in this version
+    #[arg(long, hide = true, num_args = 0..=1, default_missing_value = "true", value_parser = later)]
+    require_gate: Option<Later>,
+}
+
+/// The value of a flag whose work comes with a later version: there is none, so that nobody relies on it.
+#[derive(Debug, Clone, Copy)]
+enum Later {}
+
+fn later(_: &str) -> Result<Later, &'static str> {
+    Err("not available in this version")
 }
 
 /// A size on the command line.
@@ -134,4 +148,35 @@ fn worker_env() -> Vec<(OsString, OsString)> {
         .into_iter()
         .filter_map(|name| Some((name.into(), std::env::var_os(name)?)))
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{Args, Command};
+
+    use super::*;
+
+    #[test]
+    fn the_table_of_flags_is_that_of_the_code() {
+        let command = Flags::augment_args(Command::new("node"));
+        let mut flags: Vec<String> =
+            command.get_arguments().filter_map(|arg| Some(format!("--{}", arg.get_long()?))).collect();
+        flags.sort();
+        let page = include_str!("../../docs/configuration.md");
+        let lines = page.lines().filter(|line| line.starts_with("| `--"));
+        let first = lines.filter_map(|line| line.split('|').nth(1));
+        let mut written: Vec<String> =
+            first.flat_map(|cell| cell.split(',').map(|flag| flag.trim().trim_matches('`').to_owned())).collect();
+        written.sort();
+        assert_eq!(written, flags);
+    }
+
+    #[test]
+    fn what_comes_later_is_refused_and_says_so() {
+        for flag in ["--gate=enforce", "--require-gate"] {
+            let command = Flags::augment_args(Command::new("node"));
+            let error = command.try_get_matches_from(["node", "--node-name", "a", flag]).unwrap_err();
+            assert!(error.to_string().contains("not available in this version"), "{error}");
+        }
+    }
 }
