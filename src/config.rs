@@ -278,7 +278,7 @@ impl Connection {
             pod.namespace,
             pod.service_account,
             shown(role),
-            shown_path(path),
+            shown(path.as_str()),
         );
         Err(Fault { code: NOT_ALLOWED, field: format!("platform file: connections.{}.allow", self.name), text })
     }
@@ -291,14 +291,6 @@ impl Connection {
             text: format!("list audience \"{}\" of connection \"{}\"", shown(&self.auth.audience), self.name),
         })
     }
-}
-
-fn shown_path(path: &VaultPath) -> String {
-    let text = path.as_str();
-    if text.chars().count() <= 80 {
-        return text.to_owned();
-    }
-    text.chars().take(80).chain(['…']).collect()
 }
 
 #[cfg(test)]

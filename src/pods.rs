@@ -9,6 +9,7 @@ pub mod kubelet;
 pub mod manifest;
 
 use std::collections::{BTreeMap, HashMap};
+use std::error::Error;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -173,6 +174,20 @@ impl Pods {
         };
         Err(PodsError::Unreadable { pod: pod.clone(), fault })
     }
+}
+
+/// An error's text with those of its causes that say something new.
+fn with_causes(mut text: String, error: &dyn Error) -> String {
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let said = cause.to_string();
+        if !text.contains(&said) {
+            text.push_str(": ");
+            text.push_str(&said);
+        }
+        source = cause.source();
+    }
+    text
 }
 
 /// A pod as a source describes it: who it is, and its facts or why they cannot be had.

@@ -93,10 +93,10 @@ pub fn summary(faults: &[Fault]) -> String {
     text
 }
 
-/// A name for a message: control characters escaped, cut to 40 characters.
+/// A name or a path for a message: control characters escaped, cut to 80 characters.
 pub fn shown(text: &str) -> String {
-    let mut out: String = text.chars().take(40).flat_map(char::escape_debug).collect();
-    if text.chars().nth(40).is_some() {
+    let mut out: String = text.chars().take(80).flat_map(char::escape_debug).collect();
+    if text.chars().nth(80).is_some() {
         out.push('…');
     }
     out
@@ -468,6 +468,6 @@ pub(crate) mod tests {
     #[test]
     fn shows_names_short_and_without_control_characters() {
         assert_eq!(shown("a\u{1b}\n"), "a\\u{1b}\\n");
-        assert_eq!(shown(&"x".repeat(99)).chars().count(), 41);
+        assert_eq!(shown(&"x".repeat(99)).chars().count(), 81);
     }
 }

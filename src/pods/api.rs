@@ -19,7 +19,8 @@ use tokio::time::timeout;
 use tracing::{debug, info, warn};
 
 use super::{
-    Backoff, Cache, Described, PodsError, State, Task, container_id, described, init_kind, sorted, uid, written,
+    Backoff, Cache, Described, PodsError, State, Task, container_id, described, init_kind, sorted, uid, with_causes,
+    written,
 };
 use crate::policy::facts::{Container, Csi, Kind, Mount, PodFacts, Volume};
 use crate::request::{PodRef, attributes_digest};
@@ -219,19 +220,7 @@ fn said(error: &kube::Error) -> String {
             format!("the API server says {} {}: {}", status.code, status.reason, status.message)
         }
         kube::Error::SerdeError(_) => "the API server's answer cannot be read".to_owned(),
-        error => {
-            let mut text = error.to_string();
-            let mut source = std::error::Error::source(error);
-            while let Some(cause) = source {
-                let cause_text = cause.to_string();
-                if !text.contains(&cause_text) {
-                    text.push_str(": ");
-                    text.push_str(&cause_text);
-                }
-                source = cause.source();
-            }
-            text
-        }
+        error => with_causes(error.to_string(), error),
     }
 }
 

@@ -19,7 +19,8 @@ use tower::service_fn;
 use tracing::{debug, info, warn};
 
 use super::{
-    Backoff, Cache, Described, PodsError, State, Task, container_id, described, init_kind, sorted, uid, written,
+    Backoff, Cache, Described, PodsError, State, Task, container_id, described, init_kind, sorted, uid, with_causes,
+    written,
 };
 use crate::policy::facts::{Container, Csi, Kind, Mount, PodFacts, Volume};
 use crate::request::{PodRef, attributes_digest};
@@ -190,19 +191,10 @@ async fn follow(client: &mut PodsClient<Channel>, cache: &Cache, synced: impl Fn
     }
 }
 
+/// The kubelet's words, or the connection's error.
 fn said(status: &Status) -> String {
-    // The kubelet's words, or the connection's error.
-    let mut text = format!("the kubelet's pods API: {}: {}", status.code(), status.message());
-    let mut source = std::error::Error::source(status);
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text.push_str(": ");
-            text.push_str(&cause_text);
-        }
-        source = cause.source();
-    }
-    text
+    let text = format!("the kubelet's pods API: {}: {}", status.code(), status.message());
+    with_causes(text, status)
 }
 
 pub(super) fn decode(bytes: &[u8]) -> Result<Described, String> {

@@ -12,7 +12,7 @@ use super::vault::read::{Place, Reading};
 use super::{Blame, SourceError, codes, kubernetes};
 use crate::config::Limits;
 use crate::request::files::{Content, Entry, Files, KeyRef, Location, Target};
-use crate::request::{FileName, Publish};
+use crate::request::{FileName, Publish, shown};
 use crate::secret::SecretBytes;
 
 /// Standard base64, with or without padding (surface 1).
@@ -251,13 +251,4 @@ fn field(entry: &Entry) -> String {
         Target::Directory(None) => "./".to_owned(),
     };
     format!("volumeAttributes.files[\"{name}\"]")
-}
-
-/// A name short enough for a message, without what would break its line. Names of keys are no secrets.
-pub(super) fn shown(name: &str) -> String {
-    let mut text: String = name.chars().take(80).flat_map(char::escape_debug).collect();
-    if name.chars().count() > 80 {
-        text.push('…');
-    }
-    text
 }

@@ -20,12 +20,11 @@ use tokio::time::Instant;
 use self::auth::{Login, LoginKey, Logins, Revoker, Slot, Who};
 use self::client::{Client, Reply, jittered};
 use self::read::{Place, Reading, Request, Unreadable};
-use super::assemble::shown;
 use super::{Blame, SourceError, codes};
 use crate::config::{Auth, Config, Connection, Method, Requests, ShareLogin};
 use crate::policy::Grant;
 use crate::request::files::{Content, Files, Location};
-use crate::request::{Publish, VolumeId};
+use crate::request::{Publish, VolumeId, shown};
 use crate::secret::SecretText;
 
 /// How often a read is tried again that a fresh token may not do: a standby may not know the token yet (platform E).

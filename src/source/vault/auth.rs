@@ -17,9 +17,8 @@ use super::client::{Client, Reply, jittered};
 use super::read::Request;
 use super::status;
 use crate::config::{Auth, Method};
-use crate::request::VolumeId;
+use crate::request::{VolumeId, shown};
 use crate::secret::SecretText;
-use crate::source::assemble::shown;
 use crate::source::{Blame, SourceError, codes};
 
 /// A shared login that nobody used for so long is given up.

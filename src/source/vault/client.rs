@@ -25,7 +25,7 @@ use tower::{Service, ServiceExt};
 use vaultrs::api::EndpointMiddleware;
 
 use crate::config::Connection;
-use crate::source::assemble::shown;
+use crate::request::shown;
 use crate::source::{Blame, SourceError, codes};
 
 /// The longest time of retrying in one call: the kubelet gives 120 s to all of it.

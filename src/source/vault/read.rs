@@ -10,8 +10,8 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use crate::request::files::VaultPath;
+use crate::request::shown;
 use crate::secret::SecretBytes;
-use crate::source::assemble::shown;
 use crate::source::{Blame, SourceError, codes};
 
 /// A path, and the version asked for.
