@@ -165,7 +165,7 @@ impl Bench {
         let idle = memory::of_tree(node.broker());
         let jobs = self.jobs(&kubelet, "burst", BURST, "jwt", None);
         let targets: Vec<_> = jobs.iter().map(|job| kubelet.target(&job.pod, VOLUME)).collect();
-        publish_all(&kubelet, jobs).await;
+        publish_all(&kubelet, AT_ONCE, jobs).await;
         tokio::time::sleep(Duration::from_secs(2)).await;
         let full = memory::of_tree(node.broker());
         for (name, memory) in [("idle", idle), ("after 110 volumes", full)] {
@@ -211,104 +211,82 @@ impl Bench {
         self.report.goal("unpublish, p50 in ms", ended, Goal::AtMost(1.5));
     }
 
-    async fn serial(&mut self, kubelet: &Arc<Kubelet>) {
+    /// What one publish asks of OpenBao, by its audit log; warms it up too.
+    async fn requests_of_a_publish(&mut self, kubelet: &Arc<Kubelet>) {
         let idle = self.bao.tokens().await;
-        let warm = self.jobs(kubelet, "warm", WARM_UP, "jwt", None);
         let before = self.requests();
-        let warm_pods = publish_all(kubelet, warm).await.pods;
+        let pods = publish_all(kubelet, AT_ONCE, self.jobs(kubelet, "warm", WARM_UP, "jwt", None)).await.pods;
         self.settle(idle).await;
-        for (name, (before, after)) in ["login", "read", "revoke-self"].iter().zip(before.iter().zip(self.requests())) {
+        let after = self.requests();
+        for pod in &pods {
+            forget(kubelet, pod).await;
+        }
+        for (name, (before, after)) in ["login", "read", "revoke-self"].iter().zip(before.iter().zip(after)) {
             let each = (after - before) as f64 / WARM_UP as f64;
             self.report.figure(&format!("requests of one publish to OpenBao: {name}"), each, "");
         }
-        let [mut bare, mut ours, mut again, mut unpublish] = [const { Vec::new() }; 4];
-        let jobs = self.jobs(kubelet, "serial", SAMPLES, "jwt", None);
-        for (i, job) in jobs.iter().enumerate() {
-            // Neither is always the second to ask.
-            for bare_now in if i % 2 == 0 { [true, false] } else { [false, true] } {
-                let start = Instant::now();
-                if bare_now {
-                    let token = fetch(&self.bare, &job.jwt).await;
-                    bare.push(start.elapsed());
-                    // As the driver, which does it after its answer.
-                    self.bare.revoke(&token).await;
-                } else {
-                    call(kubelet, job.request.clone()).await;
-                    ours.push(start.elapsed());
-                }
-            }
-        }
-        for job in &jobs {
-            again.push(timed(call(kubelet, job.request.clone())).await);
-        }
-        for job in &jobs {
-            unpublish.push(timed(end(kubelet, &job.pod)).await);
-        }
-        for pod in jobs.iter().map(|job| &job.pod).chain(&warm_pods) {
-            forget(kubelet, pod).await;
-        }
-        self.settle(idle).await;
-        let floor = self.report.times("bare client: login and read", &bare);
-        let publish = self.report.times("publish through OpenBao", &ours);
-        let due = self.report.times("republish that is not due", &again);
-        self.report.times("unpublish of a volume from OpenBao", &unpublish);
-        self.report.goal("publish through OpenBao / bare client, p50", publish / floor, Goal::AtMost(1.5));
-        self.report.goal("republish that is not due, p50 in ms", due, Goal::AtMost(0.6));
     }
 
-    /// [`fetch`] for each, [`AT_ONCE`] at a time; the tokens are revoked when the time is up.
-    async fn fetch_all(&self, jwts: Vec<String>) -> Round {
-        let client = Arc::clone(&self.bare);
-        let tokens = Arc::new(Mutex::new(Vec::new()));
-        let kept = Arc::clone(&tokens);
-        let run = move |jwt: String| {
-            let (client, kept) = (Arc::clone(&client), Arc::clone(&kept));
-            async move {
-                let token = fetch(&client, &jwt).await;
-                kept.lock().unwrap().push(token);
-            }
-        };
-        let round = at_once(jwts, run).await;
-        let tokens = std::mem::take(&mut *tokens.lock().unwrap());
-        for token in tokens {
-            self.bare.revoke(&token).await;
-        }
-        round
-    }
-
-    /// In rounds, so that both see the same machine; each round ends with nothing published and no token left.
-    async fn concurrent(&mut self, kubelet: &Arc<Kubelet>) {
-        const ROUNDS: usize = 4;
+    /// The driver and the bare client in turns, `lanes` calls at a time: each round publishes, republishes and
+    /// unpublishes, and ends with no token left. Only what the answer waits for is timed; both revoke afterwards.
+    async fn compare(&mut self, kubelet: &Arc<Kubelet>, lanes: usize, rounds: usize) -> Compared {
         let idle = self.bao.tokens().await;
-        let (mut bare, mut ours) = (Round::default(), Round::default());
+        let mut all = Compared::default();
         // The first round warms up both.
-        for round in 0..=ROUNDS {
-            let jobs = self.jobs(kubelet, &format!("many-{round}"), SAMPLES / ROUNDS, "jwt", None);
-            let jwts = jobs.iter().map(|job| job.jwt.clone()).collect();
-            // Only what the answer waits for is timed; the tokens of each are gone before the other starts.
-            let (client, published);
+        for round in 0..=rounds {
+            let jobs = self.jobs(kubelet, &format!("by-{lanes}-{round}"), SAMPLES / rounds, "jwt", None);
+            let jwts: Vec<String> = jobs.iter().map(|job| job.jwt.clone()).collect();
+            let client = Arc::clone(&self.bare);
+            let run = move |jwt: String| {
+                let client = Arc::clone(&client);
+                async move { fetch(&client, &jwt).await }
+            };
+            let requests: Vec<_> = jobs.iter().map(|job| job.request.clone()).collect();
+            let (bare, published);
+            // Neither is always the first.
             if round % 2 == 0 {
-                client = self.fetch_all(jwts).await;
-                published = publish_all(kubelet, jobs).await;
+                bare = at_once(lanes, jwts, run).await;
                 self.settle(idle).await;
+                published = publish_all(kubelet, lanes, jobs).await;
             } else {
-                published = publish_all(kubelet, jobs).await;
+                published = publish_all(kubelet, lanes, jobs).await;
                 self.settle(idle).await;
-                client = self.fetch_all(jwts).await;
+                bare = at_once(lanes, jwts, run).await;
             }
-            if round > 0 {
-                bare.add(client);
-                ours.add(published.round);
+            self.settle(idle).await;
+            let mut one = Compared { bare, publish: published.round, ..Compared::default() };
+            for request in requests {
+                one.republish.push(timed(call(kubelet, request)).await);
             }
             for pod in &published.pods {
+                one.unpublish.push(timed(end(kubelet, pod)).await);
                 forget(kubelet, pod).await;
             }
+            if round > 0 {
+                all.add(one);
+            }
         }
+        all
+    }
+
+    async fn serial(&mut self, kubelet: &Arc<Kubelet>) {
+        self.requests_of_a_publish(kubelet).await;
+        let all = self.compare(kubelet, 1, 10).await;
+        let bare = self.report.times("bare client: login and read", &all.bare.each);
+        let publish = self.report.times("publish through OpenBao", &all.publish.each);
+        let republish = self.report.times("republish that is not due", &all.republish);
+        self.report.times("unpublish of a volume from OpenBao", &all.unpublish);
+        self.report.goal("publish through OpenBao / bare client, p50", publish / bare, Goal::AtMost(1.5));
+        self.report.goal("republish that is not due, p50 in ms", republish, Goal::AtMost(0.6));
+    }
+
+    async fn concurrent(&mut self, kubelet: &Arc<Kubelet>) {
+        let Compared { bare, publish, .. } = self.compare(kubelet, AT_ONCE, 4).await;
         self.report.times("bare client: login and read, 10 at a time", &bare.each);
-        self.report.times("publish through OpenBao, 10 at a time", &ours.each);
+        self.report.times("publish through OpenBao, 10 at a time", &publish.each);
         self.report.figure("bare client, 10 at a time", bare.rate(), "a second");
-        self.report.figure("publish through OpenBao, 10 at a time", ours.rate(), "a second");
-        self.report.goal("rate of 10 at a time / bare client", ours.rate() / bare.rate(), Goal::AtLeast(0.75));
+        self.report.figure("publish through OpenBao, 10 at a time", publish.rate(), "a second");
+        self.report.goal("rate of 10 at a time / bare client", publish.rate() / bare.rate(), Goal::AtLeast(0.75));
     }
 
     /// Pods of one service account: `kubernetes` logins do not depend on the pod and are shared.
@@ -377,11 +355,11 @@ async fn forget(kubelet: &Kubelet, pod: &PodSpec) {
     kubelet.forget(pod);
 }
 
-/// What the driver asks of OpenBao for one volume; gives the token.
-async fn fetch(client: &Bare, jwt: &str) -> String {
+/// What the driver asks of OpenBao for one volume; the token is revoked afterwards, as the driver does it.
+async fn fetch(client: &Arc<Bare>, jwt: &str) {
     let token = client.login("jwt", "bench", jwt).await;
     client.read(&token, "secret/data/bench/db").await;
-    token
+    client.revoke_later(token);
 }
 
 async fn timed(work: impl Future<Output = ()>) -> Duration {
@@ -408,18 +386,36 @@ impl Round {
     }
 }
 
-/// Runs the jobs, [`AT_ONCE`] at a time.
-async fn at_once<J, F>(jobs: Vec<J>, run: impl Fn(J) -> F + Clone + Send + 'static) -> Round
+/// What [`Bench::compare`] measured.
+#[derive(Default)]
+struct Compared {
+    bare: Round,
+    publish: Round,
+    republish: Vec<Duration>,
+    unpublish: Vec<Duration>,
+}
+
+impl Compared {
+    fn add(&mut self, other: Compared) {
+        self.bare.add(other.bare);
+        self.publish.add(other.publish);
+        self.republish.extend(other.republish);
+        self.unpublish.extend(other.unpublish);
+    }
+}
+
+/// Runs the jobs, so many at a time.
+async fn at_once<J, F>(lanes: usize, jobs: Vec<J>, run: impl Fn(J) -> F + Clone + Send + 'static) -> Round
 where
     J: Send + 'static,
     F: Future<Output = ()> + Send,
 {
     let queue = Arc::new(Mutex::new(VecDeque::from(jobs)));
     let start = Instant::now();
-    let mut lanes = JoinSet::new();
-    for _ in 0..AT_ONCE {
+    let mut running = JoinSet::new();
+    for _ in 0..lanes {
         let (queue, run) = (Arc::clone(&queue), run.clone());
-        lanes.spawn(async move {
+        running.spawn(async move {
             let mut each = Vec::new();
             loop {
                 let job = queue.lock().unwrap().pop_front();
@@ -428,7 +424,7 @@ where
             }
         });
     }
-    let each = lanes.join_all().await.concat();
+    let each = running.join_all().await.concat();
     Round { each, all: start.elapsed() }
 }
 
@@ -437,15 +433,15 @@ struct Published {
     pods: Vec<PodSpec>,
 }
 
-/// Publishes all, [`AT_ONCE`] at a time.
-async fn publish_all(kubelet: &Arc<Kubelet>, jobs: Vec<Job>) -> Published {
+/// Publishes all, so many at a time.
+async fn publish_all(kubelet: &Arc<Kubelet>, lanes: usize, jobs: Vec<Job>) -> Published {
     let (requests, pods) = jobs.into_iter().map(|job| (job.request, job.pod)).unzip();
     let kubelet = Arc::clone(kubelet);
     let run = move |request| {
         let kubelet = Arc::clone(&kubelet);
         async move { call(&kubelet, request).await }
     };
-    Published { round: at_once(requests, run).await, pods }
+    Published { round: at_once(lanes, requests, run).await, pods }
 }
 
 /// What a volume takes of memory: its blocks in use.
