@@ -42,7 +42,7 @@ pub(super) struct Volume {
 pub(super) struct Slot {
     pub(super) state: AsyncMutex<Option<Volume>>,
     pub(super) leaving: watch::Sender<bool>,
-    /// What [`Publisher::status`] reads without the lock; `Some` while the volume stands.
+    /// What [`super::Publisher::status`] reads without the lock; `Some` while the volume stands.
     pub(super) shown: Mutex<Option<VolumeStatus>>,
 }
 
