@@ -215,7 +215,13 @@ pub async fn run(options: Options, inherited: Inherited) -> Result<End, NodeErro
         }
     };
     stop.send_replace(true);
-    let _ = tokio::time::timeout(END_WITHIN, async { tokio::join!(&mut csi, &mut registration) }).await;
+    let _ = tokio::time::timeout(END_WITHIN, async {
+        // One that ended already has been asked for its result, and must not be asked again.
+        for server in [&mut csi, &mut registration].into_iter().filter(|server| !server.is_finished()) {
+            let _ = server.await;
+        }
+    })
+    .await;
     publisher.close(tokio::time::Instant::now() + END_WITHIN).await;
     end
 }
