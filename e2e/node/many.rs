@@ -122,3 +122,23 @@ async fn the_nodes_budget_is_reached_and_freed() {
     kubelet.publish(&pods[2], "creds").await.unwrap();
     assert_eq!(read(&kubelet, &pods[2], "username"), "app");
 }
+
+#[tokio::test]
+async fn content_waits_for_room_in_the_workers_tmpfs() {
+    let (node, kubelet) = start(&["--work-bytes", "64KiB"], "version: 1\n").await;
+    let value = "v".repeat(30 * 1024);
+    let pods: Vec<_> =
+        (0..16).map(|index| PodSpec::new(&format!("waits-{index}"), "node-a").secret("db", &[("k", &value)])).collect();
+    pods.iter().for_each(|pod| kubelet.admit(pod));
+    for done in join_all(pods.iter().map(|pod| kubelet.publish(pod, "creds"))).await {
+        done.unwrap();
+    }
+    assert!(pods.iter().all(|pod| read(&kubelet, pod, "k") == value));
+    // What can never fit does not wait.
+    let large = PodSpec::new("large", "node-a").secret("db", &[("k", &"v".repeat(65 * 1024))]);
+    kubelet.admit(&large);
+    let status = kubelet.publish(&large, "creds").await.unwrap_err();
+    assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
+    assert!(status.message().contains("--work-bytes"), "{}", status.message());
+    assert_eq!(node.mounts().len(), 16);
+}
