@@ -18,6 +18,7 @@ use crate::config::Config;
 use crate::events::Events;
 use crate::metrics::{Metrics, Outcome};
 use crate::pods::{Pods, PodsError};
+use crate::policy::facts::PodFacts;
 use crate::policy::{self, Grant};
 use crate::request::files::Location;
 use crate::request::{Fault, PodRef, Publish, Refresh, VolumeId, summary};
@@ -66,8 +67,8 @@ pub enum PublishError {
     /// As many volumes as may wait for Vault are waiting.
     #[error("{WAITING_FOR_VAULT} other volumes of this node wait for Vault; this one is tried again")]
     Crowded,
-    /// An unpublish of the same volume came while its secrets were fetched.
-    #[error("the volume was unpublished while its secrets were fetched")]
+    /// An unpublish of the same volume came in between.
+    #[error("the volume was unpublished while it was published")]
     Unpublished,
     /// The operation's task ended without an answer.
     #[error("the operation ended without an answer; it is tried again")]
@@ -185,7 +186,7 @@ impl Publisher {
     /// The first publish: everything or an error, after which nothing is left.
     async fn first(&self, slot: &Slot, publish: &Publish) -> Result<Volume, PublishError> {
         let config = self.config()?;
-        let facts = self.pods.get(&publish.pod).await.map_err(|error| PublishError::Pods(Box::new(error)))?;
+        let facts = self.facts(slot, publish).await?;
         let (grant, warnings) =
             policy::judge(&publish.volume, &publish.claim, &facts, &config.policy, SystemTime::now())
                 .map_err(|refusals| self.refused(&publish.pod, refusals))?;
@@ -225,7 +226,7 @@ impl Publisher {
         // Without a valid file there is nothing to judge or fetch by; the volume stands.
         let Ok(config) = self.config() else { return Outcome::Kept };
         let interval = interval(publish, &config);
-        self.judge_again(volume, publish, &config, interval.as_ref().err()).await;
+        self.judge_again(slot, volume, publish, &config, interval.as_ref().err()).await;
         if let Ok(interval) = interval {
             volume.pace.set_interval(interval);
         }
@@ -304,9 +305,16 @@ impl Publisher {
 
     /// Looks at a standing volume's pod again: what the rules, or the platform's file by `fault`, say now is reported
     /// once, and changes nothing.
-    async fn judge_again(&self, volume: &mut Volume, publish: &Publish, config: &Config, fault: Option<&Fault>) {
+    async fn judge_again(
+        &self,
+        slot: &Slot,
+        volume: &mut Volume,
+        publish: &Publish,
+        config: &Config,
+        fault: Option<&Fault>,
+    ) {
         // Facts away are no reason to say anything about a volume that stands.
-        let Ok(facts) = self.pods.get(&publish.pod).await else { return };
+        let Ok(facts) = self.facts(slot, publish).await else { return };
         let found = match policy::judge(&publish.volume, &publish.claim, &facts, &config.policy, SystemTime::now()) {
             Ok((grant, _)) if grant.owner() == volume.owner => {
                 volume.grant = Some(grant);
@@ -366,6 +374,15 @@ impl Publisher {
         volume.bytes = bytes(&payload);
         tracing::info!(pod = %volume.pod, volume = %publish.volume, files = payload.files.len(), "content swapped");
         Ok(Outcome::Swapped)
+    }
+
+    /// The pod's facts, unless the volume leaves: an unpublish needs no API server, so it must not wait for one.
+    async fn facts(&self, slot: &Slot, publish: &Publish) -> Result<Arc<PodFacts>, PublishError> {
+        let mut leaving = slot.leaving.subscribe();
+        tokio::select! {
+            _ = leaving.wait_for(|leaving| *leaving) => Err(PublishError::Unpublished),
+            facts = self.pods.get(&publish.pod) => facts.map_err(|error| PublishError::Pods(Box::new(error))),
+        }
     }
 
     async fn fetch(

@@ -114,8 +114,7 @@ impl Node {
             .arg("--registration-dir")
             .arg(self.registration_dir())
             .args(["--node-name", &self.options.node])
-            .arg("--pods-from")
-            .arg(format!("manifest:{}", self.manifests().display()))
+            .args(self.pods_from())
             .args(["--listen", &format!("127.0.0.1:{}", self.metrics)])
             .args(&self.options.args)
             .envs(self.options.env.iter().cloned())
@@ -127,6 +126,14 @@ impl Node {
             .unwrap_or_else(|error| panic!("{}: {error}", binary().display()));
         self.scratch.set_process(Some(broker.id()));
         self.broker = Some(broker);
+    }
+
+    /// Manifest files, unless the options say otherwise.
+    fn pods_from(&self) -> Vec<String> {
+        if self.options.args.iter().any(|arg| arg == "--pods-from") {
+            return Vec::new();
+        }
+        vec!["--pods-from".into(), format!("manifest:{}", self.manifests().display())]
     }
 
     /// The directory of everything below.

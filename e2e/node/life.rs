@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use base64::Engine as _;
 use rustix::process::Signal;
 use rustix::thread::set_thread_res_uid;
 use sealmount::csi::proto::csi::{GetPluginInfoRequest, ProbeRequest, identity_client::IdentityClient};
@@ -254,4 +255,35 @@ async fn no_canary_is_found_outside_the_volume_and_none_in_memory_afterwards() {
         pids.iter().all(|pid| canary::in_memory(*pid, &[NEEDLE.as_bytes()]).unwrap() == [0])
     })
     .await;
+}
+
+#[tokio::test]
+async fn an_unpublish_does_not_wait_for_an_api_server_that_hangs() {
+    // It takes connections, by its backlog, and says nothing.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let server = format!("https://{}", silent.local_addr().unwrap());
+    let ca = base64::engine::general_purpose::STANDARD.encode(crate::lab::Authority::new().pem());
+    let kubeconfig = serde_json::json!({
+        "apiVersion": "v1", "kind": "Config", "current-context": "x", "users": [],
+        "clusters": [{"name": "c", "cluster": {"server": server, "certificate-authority-data": ca}}],
+        "contexts": [{"name": "x", "context": {"cluster": "c", "user": ""}}],
+    });
+    let dir = tempfile::tempdir().unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let file = dir.path().join("kubeconfig");
+    fs::write(&file, kubeconfig.to_string()).unwrap();
+    let options = Options::new("version: 1\n").arg("--pods-from").arg("api").arg("--kubeconfig");
+    let (node, kubelet) = Node::start(options.arg(file.to_str().unwrap())).await;
+    let pod = pod("asks");
+    kubelet.prepare(&pod, "creds");
+    let unpublish = async {
+        // Long enough for the call to ask for facts, far shorter than any answer.
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        kubelet.unpublish(&pod, "creds").await
+    };
+    let (published, removed) = tokio::join!(kubelet.call_publish(kubelet.request(&pod, "creds")), unpublish);
+    removed.unwrap();
+    // Unavailable would say that it was waited for.
+    assert_eq!(published.unwrap_err().code(), Code::Aborted);
+    assert_eq!(node.mounts().len(), 0);
 }
