@@ -4,7 +4,6 @@ use std::collections::{BTreeMap, VecDeque};
 use std::ffi::OsString;
 use std::fs;
 use std::io::{self, IoSlice};
-use std::mem::MaybeUninit;
 use std::ops::Bound;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
@@ -14,16 +13,17 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant, SystemTime};
 
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use nix::unistd::Pid;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags, openat};
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags,
-    SocketType, connect, recv, sendmsg, socket_with, socketpair,
+    AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType, connect, recv, socket_with, socketpair,
 };
-use rustix::process::{Pid, kill_process, umask};
+use rustix::process::umask;
 use tracing::{error, info, warn};
 
 use super::layout::Layout;
@@ -294,7 +294,7 @@ impl Broker {
                     self.stop_worker();
                 }
                 // The platform's file is the worker's.
-                Some(Signal::SIGHUP) => self.signal_worker(rustix::process::Signal::HUP),
+                Some(Signal::SIGHUP) => self.signal_worker(Signal::SIGHUP),
                 _ => {}
             }
         }
@@ -332,13 +332,13 @@ impl Broker {
     fn stop_worker(&mut self) {
         if let Some(worker) = self.worker.as_mut().filter(|worker| worker.kill_at.is_none()) {
             worker.kill_at = Some(Instant::now() + STOP_TIME);
-            self.signal_worker(rustix::process::Signal::TERM);
+            self.signal_worker(Signal::SIGTERM);
         }
     }
 
-    fn signal_worker(&self, signal: rustix::process::Signal) {
-        if let Some(worker) = &self.worker {
-            let _ = kill_process(Pid::from_child(&worker.child), signal);
+    fn signal_worker(&self, signal: Signal) {
+        if let Some(pid) = self.worker.as_ref().and_then(|worker| i32::try_from(worker.child.id()).ok()) {
+            let _ = kill(Pid::from_raw(pid), signal);
         }
     }
 
@@ -472,15 +472,12 @@ impl Broker {
         let Some(worker) = &mut self.worker else { return };
         let Some(socket) = &worker.socket else { return worker.outbox.clear() };
         while let Some((packet, fd)) = worker.outbox.front() {
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-            let mut control = SendAncillaryBuffer::new(&mut space);
-            let fds: Vec<_> = fd.iter().map(AsFd::as_fd).collect();
-            if !fds.is_empty() {
-                control.push(SendAncillaryMessage::ScmRights(&fds));
-            }
-            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-            match sendmsg(socket, &[IoSlice::new(packet)], &mut control, flags) {
-                Err(Errno::AGAIN | Errno::INTR) => return,
+            let fds: Vec<_> = fd.iter().map(AsRawFd::as_raw_fd).collect();
+            let control = [ControlMessage::ScmRights(&fds)];
+            let control = if fds.is_empty() { &[][..] } else { &control };
+            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+            match sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(packet)], control, flags, None) {
+                Err(nix::Error::EAGAIN | nix::Error::EINTR) => return,
                 _ => drop(worker.outbox.pop_front()), // to a worker that is gone nothing can be said
             }
         }

@@ -11,17 +11,19 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::{fs, io};
 
+use nix::mount::{MntFlags, umount2};
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::{ForkResult, Pid, getpid, getppid};
 use rustix::fs::{
     AtFlags, CWD, Dir, FileType, Gid, Mode, OFlags, ResolveFlags, StatxAttributes, StatxFlags, Uid, XattrFlags, fchmod,
     fchown, fgetxattr, fsetxattr, fstat, fstatfs, mkdirat, openat, openat2, readlinkat, renameat, sendfile, statx,
     symlinkat, unlinkat,
 };
 use rustix::io::Errno;
-use rustix::mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags, move_mount, open_tree, unmount};
+use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{
-    Pid, Signal, WaitOptions, getpid, getppid, kill_process, set_parent_process_death_signal, waitpid,
-};
 use serde::{Deserialize, Serialize};
 
 use super::layout::{DATA, DATA_NEXT, Layout, generation_name, parse_generation};
@@ -260,7 +262,7 @@ pub(crate) fn tidy(mounted: &Mounted) -> Result<(), Denied> {
 pub(crate) fn detach(mounted: &Mounted) -> Result<OwnedFd, Denied> {
     let handle = writable(mounted)?; // a mount that is no longer attached cannot be cloned
     let path = format!("/proc/self/fd/{}", mounted.target.as_raw_fd());
-    unmount(path, UnmountFlags::DETACH).at("unmount the volume")?;
+    umount2(path.as_str(), MntFlags::MNT_DETACH).at("unmount the volume")?;
     remove_directory(&mounted.parent)?;
     Ok(handle)
 }
@@ -498,31 +500,28 @@ pub(crate) fn fork(work: impl FnOnce() -> Result<(), Denied>) -> Result<Fork, De
     let parent = getpid();
     // SAFETY: the broker has one thread, so no lock is held by a thread the child lacks and the child may allocate.
     #[allow(unsafe_code)]
-    let pid = unsafe { libc::fork() };
-    if pid == 0 {
-        let answer = catch_unwind(AssertUnwindSafe(|| {
-            // A child that outlived its broker would race with the next one's cleaning.
-            set_parent_process_death_signal(Some(Signal::KILL)).at("ask to die with the broker")?;
-            if getppid() != Some(parent) { Err(Denied::Busy) } else { work() }
-        }));
-        let answer = answer.unwrap_or_else(|_| Err(io::Error::other("a defect of sealmount's")).at("update"));
-        let _ = rustix::io::write(&write, &postcard::to_stdvec(&answer).unwrap_or_default());
-        // SAFETY: ends the child without running the parent's destructors and exit handlers.
-        #[allow(unsafe_code)]
-        unsafe {
-            libc::_exit(0)
-        }
+    let forked = unsafe { nix::unistd::fork() }.at("fork")?;
+    if let ForkResult::Parent { child } = forked {
+        return Ok(Fork { pid: child, result });
     }
-    match Pid::from_raw(pid).filter(|_| pid > 0) {
-        Some(pid) => Ok(Fork { pid, result }),
-        None => Err(io::Error::last_os_error()).at("fork"),
+    let answer = catch_unwind(AssertUnwindSafe(|| {
+        // A child that outlived its broker would race with the next one's cleaning.
+        set_pdeathsig(Signal::SIGKILL).at("ask to die with the broker")?;
+        if getppid() != parent { Err(Denied::Busy) } else { work() }
+    }));
+    let answer = answer.unwrap_or_else(|_| Err(io::Error::other("a defect of sealmount's")).at("update"));
+    let _ = rustix::io::write(&write, &postcard::to_stdvec(&answer).unwrap_or_default());
+    // SAFETY: ends the child without running the parent's destructors and exit handlers.
+    #[allow(unsafe_code)]
+    unsafe {
+        libc::_exit(0)
     }
 }
 
 impl Fork {
     /// What came of it, once it ended.
     pub(crate) fn ended(&self) -> Option<Result<(), Denied>> {
-        if let Ok(None) = waitpid(Some(self.pid), WaitOptions::NOHANG) {
+        if let Ok(WaitStatus::StillAlive) = waitpid(self.pid, Some(WaitPidFlag::WNOHANG)) {
             return None;
         }
         let mut answer = [0; 4096];
@@ -533,6 +532,6 @@ impl Fork {
 
     /// Ends it if the kernel can: a child that waits for a lock goes on until it has it, does that one call, and ends.
     pub(crate) fn kill(&self) {
-        let _ = kill_process(self.pid, Signal::KILL);
+        let _ = kill(self.pid, Signal::SIGKILL);
     }
 }
