@@ -23,7 +23,7 @@ use crate::policy::{self, Grant};
 use crate::request::files::Location;
 use crate::request::{Fault, PodRef, Publish, Refresh, VolumeId, summary};
 use crate::schedule::{Interval, Pace};
-use crate::secret::TagKey;
+use crate::secret::{Tag, TagKey};
 use crate::source::{Blame, Payload, SourceError, Sources};
 use volume::{Note, Slot, Volume, adopt, jitter, locked, secret_tag, tag_of, unix};
 
@@ -199,7 +199,7 @@ impl Publisher {
         let tag = tag_of(&key, &payload);
         let now = SystemTime::now();
         let note = Note::new(publish, connection(publish, &config), now);
-        self.commit(&grant, &config, key, &note, &payload).await?;
+        self.commit(&grant, &config, (key, tag), &note, &payload).await?;
         let (owner, files) = (grant.owner().uid, payload.files.len());
         tracing::info!(pod = %publish.pod, volume = %publish.volume, owner, readers = ?grant.readers(), files, "published");
         Ok(Volume {
@@ -364,7 +364,7 @@ impl Publisher {
             return Ok(Outcome::Unchanged);
         }
         let note = Note::new(publish, connection(publish, config), SystemTime::now());
-        let answer = self.commit(grant, config, volume.key, &note, &payload).await?;
+        let answer = self.commit(grant, config, (volume.key, tag), &note, &payload).await?;
         volume.tag = Some(tag);
         volume.note = Some(note);
         if answer != Answer::Swapped {
@@ -410,7 +410,7 @@ impl Publisher {
         &self,
         grant: &Grant,
         config: &Config,
-        key: TagKey,
+        (key, tag): (TagKey, Tag),
         note: &Note,
         payload: &Payload,
     ) -> Result<Answer, PublishError> {
@@ -419,6 +419,7 @@ impl Publisher {
             owner: grant.owner(),
             volume_bytes: config.limits.volume_bytes,
             key,
+            tag,
             note: note.encode(),
             files: &payload.files,
         };

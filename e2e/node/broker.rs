@@ -91,12 +91,15 @@ fn confined(given: Inherited, dir: &Path, mut control: UnixStream) -> ! {
         client.ready().await.unwrap();
         let volume = volume("db");
         let files = [(FileName::parse("a/b").unwrap(), SecretBytes::new(b"bytes".to_vec()))];
+        let key = TagKey([7; 32]);
+        let tag = key.tag(files.iter().map(|(name, bytes)| (name.as_str(), bytes)));
         let content = |note: &[u8]| Content {
             volume: &volume,
             owner: OWNER,
             volume_bytes: VOLUME_BYTES,
             files: &files,
-            key: TagKey([7; 32]),
+            key,
+            tag,
             note: note.to_vec(),
         };
         lines.push(format!("commit {:?}", client.commit(content(b"1")).await));

@@ -23,7 +23,7 @@ use super::INHERITED;
 use super::wire::{Answer, Commit, Denied, MAX_PACKET, Reply, Request, Standing, Verb, decode, encode};
 use crate::harden;
 use crate::request::{FileName, Owner, VolumeId};
-use crate::secret::{SecretBytes, TagKey};
+use crate::secret::{SecretBytes, Tag, TagKey};
 
 /// What a worker is started with; taken over once, before anything else opens a file.
 #[derive(Debug)]
@@ -113,6 +113,8 @@ pub struct Content<'a> {
     pub files: &'a [(FileName, SecretBytes)],
     /// The volume's key: one a volume, made at its first publish and read from [`Standing::key`] afterwards.
     pub key: TagKey,
+    /// The tag of the files under `key`: whoever commits has compared it already.
+    pub tag: Tag,
     /// What to know after a restart, at most [`super::wire::MAX_NOTE`] bytes.
     pub note: Vec<u8>,
 }
@@ -178,7 +180,6 @@ impl Client {
         let id = self.id();
         let _handed = self.hand_over(id, content.files).await?;
         let files = content.files.iter().map(|(name, bytes)| (name.clone(), bytes.len() as u64)).collect();
-        let tag = content.key.tag(content.files.iter().map(|(name, bytes)| (name.as_str(), bytes)));
         let commit = Commit {
             volume: content.volume.clone(),
             owner: content.owner,
@@ -186,7 +187,7 @@ impl Client {
             work: id,
             files,
             key: content.key.0,
-            tag: tag.0,
+            tag: content.tag.0,
             note: content.note,
         };
         self.call(id, Verb::Commit(commit)).await.map(|(answer, _)| answer)
