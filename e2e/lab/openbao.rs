@@ -215,6 +215,17 @@ impl OpenBao {
         self.root("POST", &format!("auth/{mount}/config"), &config).await;
     }
 
+    /// An engine whose replies have leases, without a database: RabbitMQ's, at `rabbitmq`, with the role `payments`.
+    /// `backend` is what stands in for the broker's HTTP API.
+    pub async fn mount_leases(&self, backend: &str) {
+        self.mount("rabbitmq", &json!({"type": "rabbitmq"})).await;
+        let config = json!({
+            "connection_uri": backend, "username": "root", "password": "x", "verify_connection": false,
+        });
+        self.root("POST", "rabbitmq/config/connection", &config).await;
+        self.root("POST", "rabbitmq/roles/payments", &json!({"tags": "administrator"})).await;
+    }
+
     /// A role of a `jwt` mount, for one service account, with `more` settings (`token_ttl`, `token_type`, ...).
     pub async fn jwt_role(
         &self,

@@ -382,12 +382,7 @@ async fn pods_of_a_service_account_share_a_login_until_the_last_is_unpublished()
 async fn a_path_with_leases_is_refused_and_its_lease_revoked() {
     let vault = Vault::start().await;
     let backend = Server::plain(|seen: &Seen| Reply::status(if seen.method == "GET" { 200 } else { 204 }));
-    vault.bao.mount("rabbitmq", &json!({"type": "rabbitmq"})).await;
-    let config = json!({
-        "connection_uri": backend.address(), "username": "root", "password": "x", "verify_connection": false,
-    });
-    vault.bao.root("POST", "rabbitmq/config/connection", &config).await;
-    vault.bao.root("POST", "rabbitmq/roles/payments", &json!({"tags": "administrator"})).await;
+    vault.bao.mount_leases(&backend.address()).await;
     let before = vault.bao.tokens().await;
     let mut connection = connection(&vault.bao.address(), "kubernetes");
     connection["allow"][0]["paths"] = json!(["rabbitmq/creds/*"]);

@@ -455,12 +455,7 @@ async fn tokens_of_every_kind() {
 async fn a_lease_is_refused_and_revoked() {
     let lab = Lab::start().await;
     let backend = Server::plain(|seen: &Seen| Reply::status(if seen.method == "GET" { 200 } else { 204 }));
-    lab.bao.mount("rabbitmq", &json!({"type": "rabbitmq"})).await;
-    let config = json!({
-        "connection_uri": backend.address(), "username": "root", "password": "x", "verify_connection": false,
-    });
-    lab.bao.root("POST", "rabbitmq/config/connection", &config).await;
-    lab.bao.root("POST", "rabbitmq/roles/payments", &json!({"tags": "administrator"})).await;
+    lab.bao.mount_leases(&backend.address()).await;
     let before = lab.bao.tokens().await;
     for (method, count) in [(Method::Kubernetes, 1), (Method::Jwt, 2)] {
         let sources = Sources::default();
