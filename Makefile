@@ -21,11 +21,12 @@ define need
 	@command -v $(1) >/dev/null || { echo 'missing: $(1). Install it with: $(2)' >&2; exit 1; }
 endef
 
-.PHONY: help demo test bench lint clean need-build need-lab need-root release
+.PHONY: help demo test bench e2e e2e-down lint clean need-build need-lab need-root release
 
 help:
 	@echo 'make demo   real secrets, a real OpenBao, a real Envoy as the attacker; prints what it got'
 	@echo 'make test   all tests, on the real kernel'
+	@echo 'make e2e    a real cluster: the chart, every attack by a real Envoy, life under the kubelet; K8S=1.34.4, KEEP=1, LONG=1'
 	@echo 'make bench  figures against the kernel and a bare client'
 	@echo 'make lint   format, lints, licences, advisories, unused dependencies, documentation'
 	@echo 'make clean  removes what was built; downloads in $(CACHE) stay'
@@ -42,6 +43,24 @@ test: need-lab
 bench: need-lab release
 	cargo build --release --example bench
 	$(SUDO) $(RELEASE)/examples/bench
+
+E2E := $(CARGO_TARGET_DIR)/$(TARGET)/debug/examples/e2e
+E2E_ENV := K8S=$(K8S) KEEP=$(KEEP) LONG=$(LONG) $(if $(E2E_DIR),E2E_DIR=$(E2E_DIR))
+K8S ?= 1.37.2
+
+# CHECKS='attacks life' runs a part.
+e2e: need-lab image
+	$(call need,go,a download of Go 1.26 or later from go.dev/dl)
+	$(call need,pkg-config,apt-get install pkg-config)
+	@pkg-config --exists libseccomp || { echo 'missing: libseccomp. Install it with: apt-get install libseccomp-dev' >&2; exit 1; }
+	$(call need,busybox,apt-get install busybox-static)
+	$(call need,ip,apt-get install iproute2)
+	cargo build --example e2e --example app
+	env K8S=$(K8S) $(E2E) programs
+	$(SUDO) env $(E2E_ENV) $(E2E) $(CHECKS)
+
+e2e-down: need-root
+	$(SUDO) env $(E2E_ENV) $(E2E) down
 
 lint: need-build
 	$(call need,cargo-clippy,rustup component add clippy)

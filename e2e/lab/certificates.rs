@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose, date_time_ymd};
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+    date_time_ymd,
+};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
@@ -39,25 +42,48 @@ impl Authority {
 
     /// A certificate for the loopback address, `localhost` and `vault.example`.
     pub fn server(&self) -> Identity {
-        self.sign(false)
+        self.server_for(&NAMES)
     }
 
-    /// The same, but no longer valid.
+    /// A certificate for these names and addresses.
+    pub fn server_for(&self, names: &[&str]) -> Identity {
+        self.sign(params(names))
+    }
+
+    /// The same as [`Self::server`], but no longer valid.
     pub fn expired(&self) -> Identity {
-        self.sign(true)
+        let mut params = params(&NAMES);
+        params.not_before = date_time_ymd(2020, 1, 1);
+        params.not_after = date_time_ymd(2020, 2, 1);
+        self.sign(params)
     }
 
-    fn sign(&self, expired: bool) -> Identity {
-        let key = KeyPair::generate().expect("make a key");
-        let names = ["127.0.0.1", "localhost", "vault.example"].map(String::from);
-        let mut params = CertificateParams::new(names).expect("names");
-        if expired {
-            params.not_before = date_time_ymd(2020, 1, 1);
-            params.not_after = date_time_ymd(2020, 2, 1);
+    /// A client certificate, as Kubernetes reads it: user `name`, group `organization`.
+    pub fn client(&self, organization: Option<&str>, name: &str) -> Identity {
+        let mut params = params(&[]);
+        if let Some(organization) = organization {
+            params.distinguished_name.push(DnType::OrganizationName, organization);
         }
+        params.distinguished_name.push(DnType::CommonName, name);
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+        self.sign(params)
+    }
+
+    fn sign(&self, params: CertificateParams) -> Identity {
+        let key = KeyPair::generate().expect("make a key");
         let certificate = params.signed_by(&key, &self.issuer).expect("sign").pem();
         Identity { certificate, key: key.serialize_pem() }
     }
+}
+
+/// The names of [`Authority::server`].
+const NAMES: [&str; 3] = ["127.0.0.1", "localhost", "vault.example"];
+
+fn params(names: &[&str]) -> CertificateParams {
+    let mut params =
+        CertificateParams::new(names.iter().map(|it| (*it).to_owned()).collect::<Vec<_>>()).expect("names");
+    params.distinguished_name = rcgen::DistinguishedName::new();
+    params
 }
 
 impl Identity {

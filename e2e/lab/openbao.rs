@@ -17,6 +17,7 @@ use super::{Authority, Daemon, Identity, Issuer, Server, program};
 /// The server, initialised and unsealed; it ends with this value.
 pub struct OpenBao {
     dir: TempDir,
+    host: String,
     port: u16,
     daemon: Daemon,
     authority: Arc<Authority>,
@@ -34,18 +35,31 @@ impl OpenBao {
 
     /// A new server whose certificate `authority` signs.
     pub async fn start_with(authority: Arc<Authority>) -> Self {
+        Self::start_at(authority, "127.0.0.1", free_port()).await
+    }
+
+    /// A new server on this address of the machine, which is `vault.example` too.
+    pub async fn start_at(authority: Arc<Authority>, host: &str, port: u16) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
-        let server = authority.server();
+        let server = authority.server_for(&[host, "127.0.0.1", "localhost", "vault.example"]);
         for (name, text) in [("ca.pem", authority.pem()), ("tls.crt", &server.certificate), ("tls.key", &server.key)] {
             std::fs::write(dir.path().join(name), text).expect("write a certificate");
         }
         std::fs::create_dir(dir.path().join("raft")).expect("create the storage");
-        let (port, cluster) = (free_port(), free_port());
-        std::fs::write(dir.path().join("bao.hcl"), config(dir.path(), port, cluster)).expect("write the config");
+        std::fs::write(dir.path().join("bao.hcl"), config(dir.path(), host, port)).expect("write the config");
         let http = client(authority.pem());
         let daemon = spawn(dir.path());
-        let mut bao =
-            Self { dir, port, daemon, authority, key: String::new(), root: String::new(), http, reviews: Vec::new() };
+        let mut bao = Self {
+            dir,
+            host: host.to_owned(),
+            port,
+            daemon,
+            authority,
+            key: String::new(),
+            root: String::new(),
+            http,
+            reviews: Vec::new(),
+        };
         bao.wait("sys/seal-status", |status, _| status == 200).await;
         let init = bao.root("PUT", "sys/init", &json!({"secret_shares": 1, "secret_threshold": 1})).await;
         bao.key = text(&init["keys_base64"][0]);
@@ -54,9 +68,9 @@ impl OpenBao {
         bao
     }
 
-    /// `https://127.0.0.1:PORT`.
+    /// `https://HOST:PORT`.
     pub fn address(&self) -> String {
-        format!("https://127.0.0.1:{}", self.port)
+        format!("https://{}:{}", self.host, self.port)
     }
 
     /// Its port.
@@ -305,8 +319,8 @@ fn spawn(dir: &Path) -> Daemon {
     Daemon::spawn(&program("bao"), &["server", &config], &dir.join("log"))
 }
 
-fn config(dir: &Path, port: u16, cluster: u16) -> String {
-    let dir = dir.display();
+fn config(dir: &Path, host: &str, port: u16) -> String {
+    let (dir, cluster) = (dir.display(), free_port());
     // The audit device stands here because this version takes none over its API.
     format!(
         r#"
@@ -316,7 +330,7 @@ fn config(dir: &Path, port: u16, cluster: u16) -> String {
           performance_multiplier = 1
         }}
         listener "tcp" {{
-          address = "127.0.0.1:{port}"
+          address = "{host}:{port}"
           tls_cert_file = "{dir}/tls.crt"
           tls_key_file = "{dir}/tls.key"
         }}
@@ -325,7 +339,7 @@ fn config(dir: &Path, port: u16, cluster: u16) -> String {
             file_path = "{dir}/audit.log"
           }}
         }}
-        api_addr = "https://127.0.0.1:{port}"
+        api_addr = "https://{host}:{port}"
         cluster_addr = "https://127.0.0.1:{cluster}"
         ui = false
         "#

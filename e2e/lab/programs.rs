@@ -6,6 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::OnceLock;
 
 use sha2::{Digest, Sha256};
 
@@ -17,19 +18,27 @@ const PROGRAMS: &[(&str, &str)] =
 /// The path of `bao` or `envoy`, fetched if the cache does not hold it yet.
 pub fn program(name: &str) -> PathBuf {
     let (_, inside) = PROGRAMS.iter().find(|(program, _)| *program == name).expect("a program of the lab");
-    let cache = std::env::var_os("XDG_CACHE_HOME")
-        .map(PathBuf::from)
-        .or_else(|| std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache")))
-        .expect("HOME or XDG_CACHE_HOME must be set: fetched programs are kept there");
     // One directory for each list of pins, so that a new pin never meets an old program.
     let pins: String = Sha256::digest(REQUIREMENTS).iter().take(6).map(|byte| format!("{byte:02x}")).collect();
-    let home = cache.join("sealmount/programs").join(pins);
+    let home = cache().join("programs").join(pins);
     let path = home.join(inside);
     if !path.exists() {
         fetch(&home);
     }
     assert!(path.exists(), "{} is not among the fetched programs", path.display());
     path
+}
+
+/// Where downloads and builds are kept, outside the tree. Read once: a lab may give its programs another `HOME`.
+pub fn cache() -> &'static Path {
+    static CACHE: OnceLock<PathBuf> = OnceLock::new();
+    CACHE.get_or_init(|| {
+        let cache = std::env::var_os("XDG_CACHE_HOME")
+            .map(PathBuf::from)
+            .or_else(|| std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache")))
+            .expect("HOME or XDG_CACHE_HOME must be set: fetched programs are kept there");
+        cache.join("sealmount")
+    })
 }
 
 fn fetch(home: &Path) {
