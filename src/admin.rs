@@ -4,15 +4,19 @@
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
+use tokio::time::timeout;
 use tonic::transport::Endpoint;
 use tonic::{Request, Response, Status};
 
 use crate::health::Health;
 use crate::publish::{Publisher, VolumeStatus};
+
+/// How long the broker may take to answer. Its longest verb copies one volume.
+const BROKER_TIME: Duration = Duration::from_secs(2);
 
 /// `sealmount.v1`, generated from `proto/admin.proto`.
 #[allow(missing_docs, clippy::all, clippy::pedantic, missing_debug_implementations, unreachable_pub)]
@@ -45,8 +49,20 @@ impl Admin for AdminService {
             worker_restarts: self.health.worker_restarts,
             registered: self.health.registered.load(Ordering::Relaxed),
             config: self.health.config_fault(),
+            broker: self.broker_fault().await,
             volumes: self.publisher.status().into_iter().map(volume).collect(),
         }))
+    }
+}
+
+impl AdminService {
+    /// Empty, or why the broker does not answer.
+    async fn broker_fault(&self) -> String {
+        match timeout(BROKER_TIME, self.publisher.broker_answers()).await {
+            Ok(Ok(())) => String::new(),
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => format!("no answer within {} s", BROKER_TIME.as_secs()),
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! The command line: parse, dispatch, exit code. One file a command.
 
 mod node;
+mod probe;
 mod status;
 mod worker;
 
@@ -23,6 +24,8 @@ enum Command {
     Node(node::Flags),
     /// Show what stands on this node and how fresh it is
     Status(status::Flags),
+    /// Say by the exit code whether the driver works: the probes of its pod
+    Probe(probe::Flags),
     /// The unprivileged half; started by `node` alone
     #[command(hide = true)]
     Worker(worker::Flags),
@@ -34,6 +37,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(cli) => match cli.command {
             Command::Node(flags) => node::run(&flags),
             Command::Status(flags) => status::run(&flags),
+            Command::Probe(flags) => probe::run(&flags),
             Command::Worker(flags) => worker::run(&flags),
         },
         Err(error) => {

@@ -466,6 +466,11 @@ impl Publisher {
         slots.iter().filter_map(|slot| locked(&slot.shown).clone()).collect()
     }
 
+    /// Asks the broker something that changes nothing: whether it answers at all.
+    pub async fn broker_answers(&self) -> Result<(), ClientError> {
+        self.broker.volumes().await.map(drop)
+    }
+
     /// Looks for content whose source has been silent for longer than it may, and reports it once.
     pub fn report_stale(&self) {
         let Ok(after) = self.config().map(|config| config.stale_after) else { return };

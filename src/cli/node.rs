@@ -1,9 +1,11 @@
 //! `sealmount node`.
 
 use std::ffi::OsString;
-use std::io::Write as _;
+use std::fs::DirBuilder;
+use std::io::{self, Write as _};
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::str::FromStr;
 
@@ -96,6 +98,10 @@ pub(super) fn run(flags: &Flags) -> ExitCode {
         worker_args: worker_args(flags),
         worker_env: worker_env(),
     };
+    if let Err(error) = make_directory(&flags.csi_socket) {
+        tracing::error!("make the directory of {}: {error}", flags.csi_socket.display());
+        return ExitCode::FAILURE;
+    }
     match serve::run(settings) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -105,9 +111,18 @@ pub(super) fn run(flags: &Flags) -> ExitCode {
     }
 }
 
+/// The kubelet makes the directory of all plugins; each driver makes its own in it, for root alone.
+fn make_directory(socket: &Path) -> io::Result<()> {
+    let Some(directory) = socket.parent() else { return Ok(()) };
+    match DirBuilder::new().mode(0o750).create(directory) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+        _ => Ok(()),
+    }
+}
+
 fn check(flags: &Flags) -> ExitCode {
     let Some(path) = &flags.config else { return ExitCode::FAILURE };
-    let mut out = std::io::stdout();
+    let mut out = io::stdout();
     match config::load(path) {
         Ok(config) => {
             let _ = writeln!(out, "{}: valid, {} connections", path.display(), config.connections.len());

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 use std::io::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -17,7 +17,7 @@ pub(super) struct Flags {
 }
 
 pub(super) fn run(flags: &Flags) -> ExitCode {
-    match ask(flags) {
+    match ask(&flags.csi_socket) {
         Ok(status) => {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
             // A reader that went away is nobody's fault.
@@ -31,10 +31,10 @@ pub(super) fn run(flags: &Flags) -> ExitCode {
     }
 }
 
-fn ask(flags: &Flags) -> Result<StatusResponse, AdminError> {
+pub(super) fn ask(socket: &Path) -> Result<StatusResponse, AdminError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| AdminError::Answer(error.to_string()))?;
-    runtime.block_on(admin::status(&flags.csi_socket))
+    runtime.block_on(admin::status(socket))
 }
 
 /// One line for the driver, one a volume, and one more below for each thing that is not as it should be.
@@ -45,6 +45,9 @@ fn show(status: &StatusResponse, now: u64) -> String {
     let _ = writeln!(out, "sealmount {} on {}: {registered}, worker restarts {restarts}", status.version, status.node);
     if !status.config.is_empty() {
         let _ = writeln!(out, "  the newest platform file was not taken: {}", status.config);
+    }
+    if !status.broker.is_empty() {
+        let _ = writeln!(out, "  the half that mounts does not answer: {}", status.broker);
     }
     if status.volumes.is_empty() {
         let _ = writeln!(out, "no volume stands on this node");
