@@ -23,7 +23,7 @@ use sealmount::request::DRIVER;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tokio::net::UnixStream;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Code, Request, Status};
 
 /// The kubelet's deadline of one CSI call (csi_plugin.go, `csiTimeout`).
@@ -260,7 +260,7 @@ impl Kubelet {
 
     async fn register_once(&self, within: Duration) -> io::Result<PluginInfo> {
         let socket = self.registration_socket(within).await?;
-        let mut plugin = RegistrationClient::new(dial(&socket).await.map_err(io::Error::other)?);
+        let mut plugin = RegistrationClient::new(dial_plugin(&socket).await.map_err(io::Error::other)?);
         let info = tokio::time::timeout(INFO_TIMEOUT, plugin.get_info(InfoRequest {}))
             .await
             .map_err(|_| io::Error::other("GetInfo took more than a second"))?
@@ -284,7 +284,7 @@ impl Kubelet {
     /// Tells the driver that its registration was refused, as the kubelet does for one it cannot use.
     pub async fn refuse_registration(&self, within: Duration, error: &str) -> io::Result<()> {
         let socket = self.registration_socket(within).await?;
-        let mut plugin = RegistrationClient::new(dial(&socket).await.map_err(io::Error::other)?);
+        let mut plugin = RegistrationClient::new(dial_plugin(&socket).await.map_err(io::Error::other)?);
         let status = RegistrationStatus { plugin_registered: false, error: error.to_owned() };
         plugin.notify_registration_status(status).await.map_err(io::Error::other)?;
         Ok(())
@@ -506,15 +506,35 @@ pub fn is_final(code: Code) -> bool {
 
 /// A connection over a unix socket with the authority the kubelet sends since 1.26.
 pub async fn dial(socket: &Path) -> Result<Channel, Status> {
+    dial_as(socket, Uri::from_static("http://localhost")).await
+}
+
+async fn dial_as(socket: &Path, authority: Uri) -> Result<Channel, Status> {
     let path = socket.to_owned();
     let connect = tower::service_fn(move |_| {
         let path = path.clone();
         async move { UnixStream::connect(path).await.map(TokioIo::new) }
     });
-    Endpoint::from_static("http://localhost")
+    Endpoint::from(authority)
         .connect_with_connector(connect)
         .await
         .map_err(|error| Status::unavailable(format!("{}: {error}", socket.display())))
+}
+
+/// As the kubelet's plugin watcher does it, which is not as for CSI calls: grpc-go makes `:authority` of the escaped path
+/// (pluginmanager/operationexecutor, `dial`; grpc-go, `encodeAuthority`).
+async fn dial_plugin(socket: &Path) -> Result<Channel, Status> {
+    let escaped: String = socket
+        .to_str()
+        .unwrap()
+        .bytes()
+        .map(|byte| match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' | b'@' => char::from(byte).to_string(),
+            other => format!("%{other:02X}"),
+        })
+        .collect();
+    let authority = format!("http://{escaped}/").parse();
+    dial_as(socket, authority.map_err(|error| Status::internal(format!("{escaped}: {error}")))?).await
 }
 
 /// The id of an inline volume (csi_mounter.go, `makeVolumeHandle`); written out here, not taken from the driver.

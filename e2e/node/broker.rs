@@ -1005,8 +1005,8 @@ fn killed_at_any_point_a_volume_is_complete_or_absent() {
 fn a_dead_worker_is_started_again_with_the_same_sockets() {
     let lab = Lab::new();
     let mut worker = lab.worker();
-    let registration = lab.dir.join("registry/csi.sealmount.io-reg.sock");
-    let hidden = lab.dir.join("registry/.csi.sealmount.io-reg.sock");
+    let registration = lab.dir.join("registry/csi.sealmount.io@reg.sock");
+    let hidden = lab.dir.join("registry/.csi.sealmount.io@reg.sock");
     assert!(!registration.exists() && hidden.exists(), "not to be seen before the worker is ready");
     for path in [&hidden, &lab.dir.join("csi.sock")] {
         assert_eq!(fs::metadata(path).unwrap().mode() & 0o777, 0o600);
@@ -1043,7 +1043,7 @@ fn sockets_that_are_removed_or_refused_are_bound_anew() {
     let lab = Lab::new();
     let mut worker = lab.worker();
     assert_eq!(worker.call(Verb::Ready), Ok(Answer::Ready));
-    let registration = lab.dir.join("registry/csi.sealmount.io-reg.sock");
+    let registration = lab.dir.join("registry/csi.sealmount.io@reg.sock");
     let identity = |path: &Path| fs::metadata(path).map(|stat| (stat.ino(), stat.ctime(), stat.ctime_nsec())).ok();
 
     fs::remove_file(&registration).unwrap();

@@ -98,7 +98,7 @@ async fn the_registration_socket_is_hidden_until_the_driver_serves() {
     assert_eq!(info.endpoint, node.csi_socket().to_str().unwrap());
     let names = fs::read_dir(node.registration_dir()).unwrap();
     let names: Vec<_> = names.map(|name| name.unwrap().file_name().into_string().unwrap()).collect();
-    assert_eq!(names, ["csi.sealmount.io-reg.sock"]);
+    assert_eq!(names, ["csi.sealmount.io@reg.sock"]);
 }
 
 #[tokio::test]

@@ -144,9 +144,16 @@ fn swap_is_safe(allow_swap: bool) -> Result<bool, BrokerError> {
     Ok(noswap)
 }
 
-/// The registration socket's name until the worker is ready: the kubelet passes over names that start with a dot.
+/// The registration socket's name. The kubelet's client sends the socket's path, its slashes escaped, as HTTP/2's
+/// `:authority` (kubernetes#112597 mended that for CSI calls only), and hyper refuses a host with a `%`. What stands
+/// before an `@` is user information, where it is legal.
+fn shown(dir: &Path) -> PathBuf {
+    dir.join(format!("{DRIVER}@reg.sock"))
+}
+
+/// Its name until the worker is ready: the kubelet passes over names that start with a dot.
 fn hidden(dir: &Path) -> PathBuf {
-    dir.join(format!(".{DRIVER}-reg.sock"))
+    dir.join(format!(".{DRIVER}@reg.sock"))
 }
 
 /// A listening socket and the file it was bound to.
@@ -486,7 +493,7 @@ impl Broker {
     // --- verbs ---
 
     fn ready(&mut self) -> Verdict {
-        let path = self.settings.registration_dir.join(format!("{DRIVER}-reg.sock"));
+        let path = shown(&self.settings.registration_dir);
         if self.registration.path != path {
             fs::rename(&self.registration.path, &path).at("show the registration socket")?;
             self.registration.path = path;
