@@ -8,6 +8,8 @@ use std::process::Command;
 pub(crate) const PAUSE: &str = "localhost/pause:e2e";
 /// busybox with the lab's own program `app` beside it.
 pub(crate) const APP: &str = "localhost/app:e2e";
+/// The image of the README's pods; the same as [`APP`].
+pub(crate) const README: &str = "docker.io/library/busybox:1.37";
 /// Envoy with the C library it needs, and busybox for a shell of its UID.
 pub(crate) const ENVOY: &str = "localhost/envoy:e2e";
 
@@ -39,6 +41,7 @@ pub(crate) fn build(dir: &Path, envoy: &Path) -> Vec<PathBuf> {
     envoy_files.extend(libraries.iter().map(|(from, to)| Copy { from, to }));
     vec![
         image(dir, PAUSE, &[Copy { from: &app, to: "/app" }], &["/app", "pause"]),
+        image(dir, README, &app_files, &["/bin/sh"]),
         image(dir, APP, &app_files, &["/bin/app", "hold"]),
         image(dir, ENVOY, &envoy_files, &["/bin/envoy"]),
     ]
@@ -89,7 +92,7 @@ const TOOLS: &[&str] = &[
 ];
 
 fn image(dir: &Path, name: &str, files: &[Copy<'_>], entry: &[&str]) -> PathBuf {
-    let short = name.trim_start_matches("localhost/").trim_end_matches(":e2e");
+    let short = name.rsplit('/').next().and_then(|it| it.split(':').next()).expect("a name");
     let context = dir.join(short);
     let root = context.join("root");
     for file in files {

@@ -1,15 +1,137 @@
-//! Installs the driver as a platform team does.
+//! Installs the driver and connects the Vault with the README's own commands, and runs the README's own pods.
 
-use crate::cluster::Cluster;
+use std::fs;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::cluster::{Cluster, SYSTEM, VAULT, until};
+use crate::kube::run;
+use crate::machine::NODE_ADDRESS;
+use crate::readme::Section;
 use crate::runner::{Check, check};
 
-pub(crate) static CHECKS: &[Check] = &[check!("helm install with default values", default_values)];
+pub(crate) static CHECKS: &[Check] = &[
+    check!("helm install with default values, as the README says", install),
+    check!("the README's commands connect an OpenBao", connect),
+    check!("the README's pods run, from a Secret and from OpenBao", pods),
+    check!("a token of the API server's audience is refused by that role", automounted_token),
+];
 
-async fn default_values(cluster: &mut Cluster) -> String {
-    let chart = cluster.project.join("deploy/chart").display().to_string();
-    let args = ["install", "sealmount", &chart, "-n", "sealmount-system", "--create-namespace"];
-    let output = crate::kube::run("helm", &args, "").await;
-    assert!(output.status.success(), "helm: {}", String::from_utf8_lossy(&output.stderr));
+/// Where the README's commands run: the project's directory, as for a user.
+async fn shell(cluster: &Cluster, script: &str) -> String {
+    let authority = cluster.bao.ca_file().display().to_string();
+    let setup = format!(
+        "set -eu; cd '{}'; export BAO_ADDR='{}' BAO_TOKEN='{}' BAO_CACERT='{authority}'\n",
+        cluster.project.display(),
+        cluster.bao.address(),
+        cluster.bao.root_token(),
+    );
+    let output = run("sh", &["-c", &format!("{setup}{script}")], "").await;
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let (out, err) = (text(&output.stdout), text(&output.stderr));
+    assert!(output.status.success(), "{script}\n{out}{err}");
+    out
+}
+
+async fn install(cluster: &mut Cluster) -> String {
+    shell(cluster, &Section::of("Install").only("sh")).await;
     let driver = cluster.driver().await;
-    driver["metadata"]["name"].as_str().unwrap().to_owned()
+    let containers = driver["spec"]["containers"].as_array().map_or(0, Vec::len);
+    assert_eq!(containers, 1, "one container, no registrar and no liveness sidecar");
+    let from = if cluster.at_least(37) { "kubelet" } else { "api" };
+    let args = driver["spec"]["containers"][0]["args"].to_string();
+    assert!(args.contains(&format!("--pods-from={from}")), "{args}");
+    format!("one container; pod facts from the {from}")
+}
+
+async fn connect(cluster: &mut Cluster) -> String {
+    cluster.bao.mount_kv().await;
+    let section = Section::of("Connect a Vault");
+    let scripts = section.all("sh");
+    let [reviewer, role, proof, upgrade] = &scripts[..] else {
+        panic!("the README's section has {} scripts, not 4", scripts.len())
+    };
+    shell(cluster, reviewer).await;
+    shell(cluster, role).await;
+    let said = shell(cluster, proof).await;
+    assert!(said.contains("refused, as it should be") && !said.contains("ANY TOKEN"), "{said}");
+    // The README's files, beside which the user stands.
+    let place = cluster.dir.join("tmp");
+    fs::write(place.join("vault.yaml"), section.only("yaml")).expect("write the values");
+    fs::write(place.join("ca.pem"), cluster.bao.ca_pem()).expect("write the CA");
+    let project = cluster.project.display().to_string();
+    let upgrade = upgrade.replace("deploy/chart", &format!("{project}/deploy/chart"));
+    shell(cluster, &format!("cd '{}'\n{upgrade}", place.display())).await;
+    // What only the lab has: no DNS, and little time.
+    let lab = json!({
+        "hostAliases": [{"ip": NODE_ADDRESS, "hostnames": [VAULT]}],
+        "config": {"stale_after": format!("{}s", cluster.times.stale_after.as_secs())},
+    });
+    fs::write(place.join("lab.json"), lab.to_string()).expect("write the values");
+    let script = format!(
+        "helm upgrade sealmount deploy/chart -n {SYSTEM} --reuse-values -f '{}'\n\
+         kubectl -n {SYSTEM} rollout status daemonset/sealmount --timeout=60s",
+        place.join("lab.json").display()
+    );
+    shell(cluster, &script).await;
+    let driver = cluster.kube.json("get csidriver csi.sealmount.io").await;
+    assert_eq!(driver["spec"]["tokenRequests"], json!([{"audience": "vault-prod"}]));
+    let in_secrets = &driver["spec"]["serviceAccountTokenInSecrets"];
+    assert_eq!(in_secrets == &json!(true), cluster.at_least(35), "{in_secrets}");
+    "kubernetes auth by TokenReview; the driver has its audience".to_owned()
+}
+
+async fn pods(cluster: &mut Cluster) -> String {
+    let (secret, vault) = (cluster.canary(), cluster.canary());
+    if cluster.kube.pod("payments", "api").await.is_none() {
+        payments(cluster).await;
+    }
+    cluster.secret("payments", "db", &[("username", "app"), ("password", &secret)]).await;
+    let data = json!({"username": "app", "password": vault});
+    cluster.bao.write_kv2("secret", "payments/db", &data).await;
+    cluster.bao.write_kv2("secret", "payments/tls", &json!({"tls.crt": "a", "tls.key": "b"})).await;
+    let section = Section::of("Use");
+    let manifests = section.all("yaml");
+    assert_eq!(manifests.len(), 2, "the README has two pods");
+    for manifest in &manifests {
+        cluster.kube.apply("payments", manifest).await;
+    }
+    let limit = Duration::from_secs(60);
+    for name in ["from-secret", "from-vault"] {
+        cluster.kube.ready("payments", name, limit).await;
+    }
+    assert_eq!(cluster.reads("payments", "from-secret", "app", "/run/secrets/db/password").await, Ok(secret));
+    let url = format!("postgres://app:{vault}@db/pay");
+    assert_eq!(cluster.reads("payments", "from-vault", "app", "/run/secrets/db/db.url").await, Ok(url));
+    let key = cluster.reads("payments", "from-vault", "app", "/run/secrets/db/tls/tls.key").await;
+    assert_eq!(key, Ok("b".to_owned()));
+    let status = shell(cluster, &Section::of("Run").all("sh")[0]).await;
+    assert!(status.contains("payments/from-vault") && status.contains("prod"), "{status}");
+    status.lines().next().unwrap_or_default().to_owned()
+}
+
+/// The namespace and role of the README's example, as `connect` made them: removed with every check's namespaces.
+pub(crate) async fn payments(cluster: &Cluster) {
+    until("the namespace of the check before is gone", Duration::from_secs(60), async || {
+        cluster.kube.try_run("get namespace payments").await.is_err()
+    })
+    .await;
+    cluster.namespace("payments", "privileged").await;
+    cluster.kube.run("create serviceaccount api -n payments").await;
+}
+
+async fn automounted_token(cluster: &mut Cluster) -> String {
+    payments(cluster).await;
+    let login = async |audience: &str| {
+        let audience = if audience.is_empty() { String::new() } else { format!("--audience={audience}") };
+        let token = cluster.kube.run(&format!("create token api -n payments {audience}")).await;
+        let body = json!({"role": "payments", "jwt": token.trim()});
+        cluster.bao.call("", "POST", "auth/kubernetes/login", &body).await.expect("OpenBao answers")
+    };
+    let (status, body): (u16, Value) = login("vault-prod").await;
+    assert_eq!(status, 200, "the role works at all: {body}");
+    let (status, body) = login("").await;
+    assert_eq!(status, 403, "{body}");
+    "HTTP 403; with the connection's audience 200".to_owned()
 }

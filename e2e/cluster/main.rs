@@ -23,6 +23,7 @@ mod install;
 mod kube;
 mod machine;
 mod programs;
+mod readme;
 mod runner;
 
 use std::process::ExitCode;

@@ -43,6 +43,7 @@ const STANDING: [&str; 5] = ["default", "kube-system", "kube-public", "kube-node
 pub(crate) fn run(version: &str, programs: Programs, wanted: &[String]) -> bool {
     // Before any thread: it sets the environment.
     crate::cluster::enter(&crate::machine::directory(), &programs);
+    rustls::crypto::ring::default_provider().install_default().expect("set once");
     let temporary = crate::machine::directory().join("tmp");
     fs::create_dir_all(&temporary).expect("a directory");
     tempfile::env::override_temp_dir(&temporary).expect("set once");
@@ -205,7 +206,7 @@ fn in_files(root: &Path, needles: &[&[u8]]) -> Vec<String> {
 async fn in_etcd(needles: &[&[u8]]) -> Vec<String> {
     // All keys: from the byte 0 to the byte 0, as etcd's documentation of range_end says.
     let body = r#"{"key": "AA==", "range_end": "AA=="}"#;
-    let http = reqwest_plain();
+    let http = reqwest::Client::builder().no_proxy().build().expect("a client");
     let reply = http.post("http://127.0.0.1:2379/v3/kv/range").body(body).send().await.expect("etcd answers");
     let bytes = reply.bytes().await.expect("etcd's reply");
     let reply: Value = serde_json::from_slice(&bytes).expect("etcd replies in JSON");
@@ -219,8 +220,4 @@ async fn in_etcd(needles: &[&[u8]]) -> Vec<String> {
         .filter(|(_, value)| canary::in_bytes(value, needles).iter().sum::<usize>() > 0)
         .map(|(key, _)| key)
         .collect()
-}
-
-fn reqwest_plain() -> reqwest::Client {
-    reqwest::Client::builder().no_proxy().build().expect("a client")
 }
