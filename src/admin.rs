@@ -17,6 +17,8 @@ use crate::publish::{Publisher, VolumeStatus};
 
 /// How long the broker may take to answer. Its longest verb copies one volume.
 const BROKER_TIME: Duration = Duration::from_secs(2);
+/// How long the answer as a whole may take: longer than the broker's, shorter than a probe's `timeoutSeconds` of 5.
+pub const ANSWER_TIME: Duration = Duration::from_secs(4);
 
 /// `sealmount.v1`, generated from `proto/admin.proto`.
 #[allow(missing_docs, clippy::all, clippy::pedantic, missing_debug_implementations, unreachable_pub)]
@@ -101,13 +103,20 @@ pub enum AdminError {
         /// What the system said.
         why: String,
     },
+    /// The socket takes calls and nobody answers.
+    #[error("no answer from the worker within {} s", .0.as_secs())]
+    Silent(Duration),
     /// The driver answered with an error.
     #[error("the driver answered: {0}")]
     Answer(String),
 }
 
-/// Asks the driver behind `socket`.
-pub async fn status(socket: &Path) -> Result<StatusResponse, AdminError> {
+/// Asks the driver behind `socket`, which must answer `within` this time.
+pub async fn status(socket: &Path, within: Duration) -> Result<StatusResponse, AdminError> {
+    timeout(within, ask(socket)).await.unwrap_or(Err(AdminError::Silent(within)))
+}
+
+async fn ask(socket: &Path) -> Result<StatusResponse, AdminError> {
     let path = socket.to_owned();
     let connect = tower::service_fn(move |_| {
         let path = path.clone();

@@ -15,7 +15,7 @@ use tonic::Code;
 
 use crate::lab::canary;
 use crate::lab::kubelet::{PodSpec, dial, inode};
-use crate::lab::node::{Node, Options, binary};
+use crate::lab::node::{Node, Options, binary, signal_process};
 use crate::secret::{pod, read};
 
 pub(crate) const SOON: Duration = Duration::from_secs(20);
@@ -99,6 +99,55 @@ async fn the_registration_socket_is_hidden_until_the_driver_serves() {
     let names = fs::read_dir(node.registration_dir()).unwrap();
     let names: Vec<_> = names.map(|name| name.unwrap().file_name().into_string().unwrap()).collect();
     assert_eq!(names, ["csi.sealmount.io@reg.sock"]);
+}
+
+/// What `sealmount probe` says: `Err` with its line where the exit code is 1.
+fn probe(node: &Node, what: &str) -> Result<(), String> {
+    let out = Command::new(binary()).args(["probe", what, "--csi-socket"]).arg(node.csi_socket()).output().unwrap();
+    let said = String::from_utf8(out.stderr).unwrap();
+    match out.status.code() {
+        Some(0) => Ok(()),
+        Some(1) if said.lines().count() == 1 => Err(said),
+        code => panic!("{code:?}: {said}"),
+    }
+}
+
+#[tokio::test]
+async fn the_probes_fail_for_what_they_are_about_and_for_nothing_else() {
+    let node = Node::spawn(Options::new("version: 1\n"));
+    let kubelet = node.kubelet();
+    until("it serves", &node, async || probe(&node, "live").is_ok()).await;
+    let said = probe(&node, "ready").unwrap_err();
+    assert!(said.contains("the kubelet has not registered the driver"), "{said}");
+    kubelet.register(SOON).await.unwrap();
+    assert_eq!(probe(&node, "ready"), Ok(()));
+
+    // Stopped processes hold their sockets: the calls are taken and stay without an answer.
+    for (process, says) in
+        [(node.worker().unwrap(), "no answer from the worker"), (node.broker(), "the half that mounts")]
+    {
+        signal_process(process, Signal::STOP).unwrap();
+        let said = probe(&node, "live").unwrap_err();
+        signal_process(process, Signal::CONT).unwrap();
+        assert!(said.contains(says), "{said}");
+        until("it is live again", &node, async || probe(&node, "live").is_ok()).await;
+    }
+    assert_eq!(probe(&node, "ready"), Ok(()));
+
+    node.write_config("version: 1\nlimits: {filse: 3}\n");
+    until("the fault", &node, async || probe(&node, "ready").is_err_and(|said| said.contains("filse"))).await;
+    assert_eq!(probe(&node, "live"), Ok(()));
+}
+
+#[tokio::test]
+async fn a_new_node_has_no_directory_for_the_socket_yet() {
+    let mut node = Node::spawn(Options::new("version: 1\n"));
+    node.stop(Signal::TERM);
+    let directory = node.csi_socket().parent().unwrap().to_owned();
+    fs::remove_dir(&directory).unwrap();
+    node.launch();
+    node.kubelet().register(SOON).await.unwrap();
+    assert_eq!(fs::metadata(directory).unwrap().permissions().mode() & 0o007, 0);
 }
 
 #[tokio::test]

@@ -19,15 +19,14 @@ pub(super) struct Flags {
 /// The questions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum What {
-    /// Do both processes answer? If not, a restart helps
+    /// Do both processes answer?
     Live,
-    /// Did the kubelet register the driver?
+    /// Did the kubelet register the driver, and is the newest platform file in force?
     Ready,
 }
 
-/// Exit code 0 for yes; otherwise 1 and a line on stderr, which the kubelet puts into an event.
-///
-/// The caller bounds the time: a worker that hangs gives no answer, and the kubelet ends the probe.
+/// Exit code 0 for yes; otherwise 1 and a line on stderr, which the kubelet puts into an event. It ends by itself
+/// before the kubelet's `timeoutSeconds`: a probe that is killed has no line.
 pub(super) fn run(flags: &Flags) -> ExitCode {
     let fault = match super::status::ask(&flags.csi_socket) {
         Ok(status) => fault(flags.what, &status),
@@ -42,6 +41,8 @@ fn fault(what: What, status: &StatusResponse) -> Option<String> {
     match what {
         What::Live if !status.broker.is_empty() => Some(format!("the half that mounts: {}", status.broker)),
         What::Ready if !status.registered => Some("the kubelet has not registered the driver".to_owned()),
+        // So that a rolling update with a bad file ends at the first nodes. What was in force stays in force.
+        What::Ready if !status.config.is_empty() => Some(format!("the platform file was not taken: {}", status.config)),
         What::Live | What::Ready => None,
     }
 }
@@ -52,17 +53,20 @@ mod tests {
 
     #[test]
     fn each_question_has_its_own_answer() {
-        let status = |broker: &str, registered| StatusResponse {
+        let status = |broker: &str, registered, config: &str| StatusResponse {
             broker: broker.to_owned(),
             registered,
+            config: config.to_owned(),
             ..StatusResponse::default()
         };
-        for (broker, registered, live, ready) in
-            [("", true, true, true), ("", false, true, false), ("gone", true, false, true)]
-        {
-            let status = status(broker, registered);
-            assert_eq!(fault(What::Live, &status).is_none(), live);
-            assert_eq!(fault(What::Ready, &status).is_none(), ready);
+        for (status, live, ready) in [
+            (status("", true, ""), true, true),
+            (status("", false, ""), true, false),
+            (status("gone", true, ""), false, true),
+            (status("", true, "line 3: unknown field"), true, false),
+        ] {
+            assert_eq!(fault(What::Live, &status).is_none(), live, "{status:?}");
+            assert_eq!(fault(What::Ready, &status).is_none(), ready, "{status:?}");
         }
     }
 }

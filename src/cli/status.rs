@@ -31,10 +31,11 @@ pub(super) fn run(flags: &Flags) -> ExitCode {
     }
 }
 
+/// Asks the driver; it ends in any case, also where the worker hangs.
 pub(super) fn ask(socket: &Path) -> Result<StatusResponse, AdminError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| AdminError::Answer(error.to_string()))?;
-    runtime.block_on(admin::status(socket))
+    runtime.block_on(admin::status(socket, admin::ANSWER_TIME))
 }
 
 /// One line for the driver, one a volume, and one more below for each thing that is not as it should be.
