@@ -21,13 +21,14 @@ define need
 	@command -v $(1) >/dev/null || { echo 'missing: $(1). Install it with: $(2)' >&2; exit 1; }
 endef
 
-.PHONY: help demo test bench e2e e2e-down image lint clean need-build need-lab need-root release
+.PHONY: help demo test bench e2e e2e-down image manifest lint clean need-build need-lab need-root release
 
 help:
 	@echo 'make demo   real secrets, a real OpenBao, a real Envoy as the attacker; prints what it got'
 	@echo 'make test   all tests, on the real kernel'
 	@echo 'make e2e    a real cluster: the chart, every attack by a real Envoy, life under the kubelet; K8S=1.34.4, KEEP=1, LONG=1'
 	@echo 'make image  the driver in a container image, in $(IMAGES)'
+	@echo 'make manifest  deploy/sealmount.yaml from the chart'
 	@echo 'make bench  figures against the kernel and a bare client'
 	@echo 'make lint   format, lints, licences, advisories, unused dependencies, documentation'
 	@echo 'make clean  removes what was built; downloads in $(CACHE) stay'
@@ -49,23 +50,35 @@ E2E := $(CARGO_TARGET_DIR)/$(TARGET)/debug/examples/e2e
 E2E_ENV := K8S=$(K8S) KEEP=$(KEEP) LONG=$(LONG) $(if $(E2E_DIR),E2E_DIR=$(E2E_DIR))
 K8S ?= 1.37.2
 
-# The image from the release binary, reproducible: no time stands in it. Storage and archive stay in the cache.
+# The image from the release binary, reproducible: no time, user or umask stands in it. All of it is below the cache.
 IMAGES := $(CACHE)/images
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1)
+REVISION = $(shell git describe --always --abbrev=40 --exclude='*' --dirty 2>/dev/null || echo unknown)
 IMAGE := docker.io/sealmount/sealmount:$(VERSION)
 BUILDAH := buildah --storage-driver vfs --root $(IMAGES)/storage --runroot $(IMAGES)/run
 MAX_IMAGE_BYTES := 16000000
 
 image: release
 	$(call need,buildah,apt-get install buildah)
-	rm -rf $(IMAGES)/context && mkdir -p $(IMAGES)/context
-	cp $(RELEASE)/sealmount deploy/Dockerfile $(IMAGES)/context/
-	$(BUILDAH) bud --quiet --isolation chroot --timestamp 0 --tag $(IMAGE) --build-arg VERSION=$(VERSION) \
-	    --build-arg REVISION=$$(git rev-parse HEAD 2>/dev/null || echo unknown) $(IMAGES)/context > $(IMAGES)/id
-	rm -f $(IMAGES)/sealmount.tar
+	rm -rf $(IMAGES)/context $(IMAGES)/storage $(IMAGES)/run $(IMAGES)/sealmount.tar
+	install -D -m 0755 -t $(IMAGES)/context $(RELEASE)/sealmount
+	$(BUILDAH) bud --quiet --isolation chroot --timestamp 0 --file deploy/Dockerfile --tag $(IMAGE) \
+	    --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) $(IMAGES)/context > $(IMAGES)/id
 	$(BUILDAH) push --quiet $(IMAGE) docker-archive:$(IMAGES)/sealmount.tar:$(IMAGE)
-	@bytes=$$(stat -c %s $(IMAGES)/sealmount.tar); echo "$(IMAGE): $$(cat $(IMAGES)/id), $$bytes bytes"; \
+	rm -rf $(IMAGES)/context $(IMAGES)/storage $(IMAGES)/run
+	@bytes=$$(stat -c %s $(IMAGES)/sealmount.tar); echo "$(IMAGE): sha256:$$(cat $(IMAGES)/id), $$bytes bytes"; \
 	if [ $$bytes -gt $(MAX_IMAGE_BYTES) ]; then echo 'larger than the promised 16 MB' >&2; exit 1; fi
+
+# What the chart gives with default values on the newest Kubernetes, for those without Helm.
+HELM := $(firstword $(wildcard $(CACHE)/programs/helm-*/helm) helm)
+MANIFEST_VERSION := 1.37.0
+
+manifest:
+	$(call need,$(HELM),a download of Helm 3 from helm.sh; `make e2e` builds it too)
+	{ echo '# For Kubernetes $(MANIFEST_VERSION) or later. Made by `make manifest` from deploy/namespace.yaml and deploy/chart.'; \
+	echo '---'; cat deploy/namespace.yaml; \
+	$(HELM) template sealmount deploy/chart --namespace sealmount-system --kube-version $(MANIFEST_VERSION); } > deploy/sealmount.yaml.new
+	mv deploy/sealmount.yaml.new deploy/sealmount.yaml
 
 # CHECKS='attacks life' runs a part.
 e2e: need-lab image

@@ -7,6 +7,8 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
+use serde_json::Value;
+
 /// The arrows between rooms (`src/<room>.rs` and `src/<room>/`). They point down only: a room uses what stands in its
 /// line, itself, and the two leaves `request` and `secret`, which hold the plain facts everyone speaks of.
 const ARROWS: &[(&str, &[&str])] = &[
@@ -738,6 +740,88 @@ fn imports_stand_in_three_blocks() {
     assert_eq!(wrong("use std::fs;\nuse serde::Serialize;\n").len(), 1);
     assert_eq!(wrong("//! doc\n\nuse std::fs;\n\nuse serde::Serialize;\nuse crate::request;\n").len(), 1);
     none(wrong("mod a;\n\nuse std::fs;\n\nuse serde::{\n    Serialize,\n};\n\nuse crate::request;\npub use a::B;\n"));
+}
+
+/// Each value of the chart with its default, as the table of its README writes it.
+fn chart_values(values: &Value, name: &str) -> BTreeSet<(String, String)> {
+    match values {
+        Value::Object(map) if !map.is_empty() => {
+            let below = |(key, value): (&String, &Value)| chart_values(value, &format!("{name}.{key}"));
+            map.iter().flat_map(below).collect()
+        }
+        Value::String(text) if !text.is_empty() => [(name[1..].to_owned(), text.clone())].into(),
+        _ => [(name[1..].to_owned(), values.to_string())].into(),
+    }
+}
+
+/// Each field that a schema knows, named as the tables do: `a.*.b` below a free name, `a[].b` in a list.
+fn schema_fields(schema: &Value, name: &str) -> BTreeSet<String> {
+    let mut all = BTreeSet::new();
+    if !schema.is_object() {
+        return all;
+    }
+    for (key, below) in schema["properties"].as_object().into_iter().flatten() {
+        let name = format!("{name}.{key}");
+        all.extend(schema_fields(below, &name));
+        all.insert(name[1..].to_owned());
+    }
+    all.extend(schema_fields(&schema["additionalProperties"], &format!("{name}.*")));
+    all.extend(schema_fields(&schema["items"], &format!("{name}[]")));
+    all
+}
+
+/// The first cells of the tables' rows below a heading, and the second ones.
+fn rows(page: &str, from: &str) -> BTreeSet<(String, String)> {
+    let (_, below) = page.split_once(from).unwrap();
+    let rows = below.lines().skip_while(|line| !line.starts_with("| `")).take_while(|line| line.starts_with("| `"));
+    let cell = |row: &str, n: usize| row.split(" | ").nth(n).unwrap().trim_matches(['|', ' ', '`']).to_owned();
+    rows.map(|row| (cell(row, 0), cell(row, 1))).collect()
+}
+
+/// Objects of a schema that let pass a name they do not know, and are not meant to.
+fn open_objects(schema: &Value, name: &str) -> Vec<String> {
+    let mut open = Vec::new();
+    if !schema.is_object() {
+        return open;
+    }
+    if schema["type"] == "object" && schema["additionalProperties"].is_null() && !name.ends_with("global") {
+        open.push(format!("{name}: any name passes"));
+    }
+    for (key, below) in schema["properties"].as_object().into_iter().flatten() {
+        open.extend(open_objects(below, &format!("{name}.{key}")));
+    }
+    for below in ["additionalProperties", "items"] {
+        open.extend(open_objects(&schema[below], &format!("{name}.{below}")));
+    }
+    open
+}
+
+#[test]
+fn the_chart_says_what_its_values_are_and_takes_no_other() {
+    let values: Value = serde_saphyr::from_str(&file("deploy/chart/values.yaml")).unwrap();
+    let values = chart_values(&values, "");
+    assert_eq!(rows(&file("deploy/chart/README.md"), "\n| value |"), values);
+
+    let schema: Value = serde_json::from_str(&file("deploy/chart/values.schema.json")).unwrap();
+    none(open_objects(&schema, ""));
+    let known = schema_fields(&schema, "");
+    for (name, _) in &values {
+        assert!(known.contains(name), "the schema refuses {name}");
+    }
+    // The platform file's own table, which a test holds to the code.
+    let fields = rows(&file("docs/configuration.md"), "\n## Fields\n").into_iter().map(|(name, _)| name);
+    assert_eq!(schema_fields(&schema["properties"]["config"], ""), fields.filter(|name| name != "version").collect());
+
+    // The image that `make image` names by Cargo.toml's version.
+    let version = |text: &str, key: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(key)).unwrap();
+        line.trim_matches([' ', '"', '=', ':']).to_owned()
+    };
+    assert_eq!(version(&file("deploy/chart/Chart.yaml"), "appVersion"), version(&file("Cargo.toml"), "version"));
+
+    let schema = |text: &str| serde_json::from_str::<Value>(text).unwrap();
+    assert_eq!(open_objects(&schema(r#"{"type": "object", "properties": {"a": {"type": "object"}}}"#), "").len(), 2);
+    none(open_objects(&schema(r#"{"type": "object", "additionalProperties": false}"#), ""));
 }
 
 #[test]
