@@ -66,7 +66,11 @@ async fn connect(cluster: &mut Cluster) -> String {
     // What only the lab has: no DNS, and little time.
     let lab = json!({
         "hostAliases": [{"ip": NODE_ADDRESS, "hostnames": [VAULT]}],
-        "config": {"stale_after": format!("{}s", cluster.times.stale_after.as_secs())},
+        "config": {
+            "stale_after": format!("{}s", cluster.times.stale_after.as_secs()),
+            "connections": {"prod": {"refresh": {"default": "10s", "min": "5s"}}},
+        },
+        "metrics": {"enabled": true},
     });
     fs::write(place.join("lab.json"), lab.to_string()).expect("write the values");
     let script = format!(
