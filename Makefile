@@ -71,14 +71,15 @@ image: release
 
 # What the chart gives with default values on the newest Kubernetes, for those without Helm.
 HELM := $(firstword $(wildcard $(CACHE)/programs/helm-*/helm) helm)
+MANIFEST := deploy/sealmount.yaml
 MANIFEST_VERSION := 1.37.0
 
 manifest:
 	$(call need,$(HELM),a download of Helm 3 from helm.sh; `make e2e` builds it too)
-	{ echo '# For Kubernetes $(MANIFEST_VERSION) or later. Made by `make manifest` from deploy/namespace.yaml and deploy/chart.'; \
+	{ echo '# For Kubernetes $(MANIFEST_VERSION) or later. `make manifest` makes it from deploy/namespace.yaml and the chart.'; \
 	echo '---'; cat deploy/namespace.yaml; \
-	$(HELM) template sealmount deploy/chart --namespace sealmount-system --kube-version $(MANIFEST_VERSION); } > deploy/sealmount.yaml.new
-	mv deploy/sealmount.yaml.new deploy/sealmount.yaml
+	$(HELM) template sealmount deploy/chart -n sealmount-system --kube-version $(MANIFEST_VERSION); } > $(MANIFEST).new
+	mv $(MANIFEST).new $(MANIFEST)
 
 # CHECKS='attacks life' runs a part.
 e2e: need-lab image

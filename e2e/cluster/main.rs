@@ -17,6 +17,7 @@
 #[path = "../lab/mod.rs"]
 mod lab;
 
+mod chart;
 mod cluster;
 mod images;
 mod install;
