@@ -47,7 +47,7 @@ bench: need-lab release
 	$(SUDO) $(RELEASE)/examples/bench
 
 E2E := $(CARGO_TARGET_DIR)/$(TARGET)/debug/examples/e2e
-E2E_ENV := K8S=$(K8S) KEEP=$(KEEP) LONG=$(LONG) $(if $(E2E_DIR),E2E_DIR=$(E2E_DIR))
+E2E_ENV := SEALMOUNT_BIN=$(RELEASE)/sealmount K8S=$(K8S) KEEP=$(KEEP) LONG=$(LONG) $(if $(E2E_DIR),E2E_DIR=$(E2E_DIR))
 K8S ?= 1.37.2
 
 # The image from the release binary, reproducible: no time, user or umask stands in it. All of it is below the cache.

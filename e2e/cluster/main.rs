@@ -16,6 +16,8 @@
 
 #[path = "../lab/mod.rs"]
 mod lab;
+#[path = "../sanity/mod.rs"]
+mod sanity;
 
 mod chart;
 mod cluster;
@@ -28,6 +30,7 @@ mod pods;
 mod programs;
 mod readme;
 mod runner;
+mod suite;
 
 use std::process::ExitCode;
 

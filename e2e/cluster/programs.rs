@@ -73,6 +73,7 @@ static OTHERS: &[Module] = &[
             ("host-local", "github.com/containernetworking/plugins/plugins/ipam/host-local"),
         ]
     ),
+    module!("csi-test", "", [("csi-sanity", "github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity")]),
     module!("helm", "", [("helm", "helm.sh/helm/v3/cmd/helm")]),
 ];
 

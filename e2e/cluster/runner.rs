@@ -34,8 +34,12 @@ macro_rules! check {
 pub(crate) use check;
 
 /// The groups, in the order they run. `install` comes first and always: the others need the driver.
-static GROUPS: &[(&str, &[Check])] =
-    &[("install", crate::install::CHECKS), ("chart", crate::chart::CHECKS), ("life", crate::life::CHECKS)];
+static GROUPS: &[(&str, &[Check])] = &[
+    ("install", crate::install::CHECKS),
+    ("chart", crate::chart::CHECKS),
+    ("sanity", crate::suite::CHECKS),
+    ("life", crate::life::CHECKS),
+];
 
 /// Namespaces that are not a check's.
 const STANDING: [&str; 5] = ["default", "kube-system", "kube-public", "kube-node-lease", crate::cluster::SYSTEM];

@@ -308,11 +308,15 @@ impl Kubelet {
         }
     }
 
+    /// The CSI socket that the registered driver named.
+    pub fn endpoint(&self) -> Result<PathBuf, Status> {
+        let path = self.driver.lock().unwrap().clone();
+        path.ok_or_else(|| Status::unavailable("driver name csi.sealmount.io not found in the list"))
+    }
+
     /// A new connection to the driver's CSI socket: the kubelet makes one for each call.
     pub async fn csi(&self) -> Result<NodeClient<Channel>, Status> {
-        let path = self.driver.lock().unwrap().clone();
-        let path = path.ok_or_else(|| Status::unavailable("driver name csi.sealmount.io not found in the list"))?;
-        Ok(NodeClient::new(dial(&path).await?))
+        Ok(NodeClient::new(dial(&self.endpoint()?).await?))
     }
 
     /// Writes the pod's manifest to where the node reads pods from.
