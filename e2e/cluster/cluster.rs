@@ -89,11 +89,6 @@ impl Process {
             std::thread::sleep(Duration::from_millis(20));
         }
     }
-
-    /// Its log so far.
-    pub(crate) fn log(&self) -> String {
-        fs::read_to_string(&self.log).unwrap_or_default()
-    }
 }
 
 /// The cluster.
@@ -119,7 +114,6 @@ pub(crate) struct Cluster {
     /// The project's directory.
     pub(crate) project: PathBuf,
     canaries: Vec<String>,
-    rest: Vec<Process>,
 }
 
 impl Cluster {
@@ -140,7 +134,8 @@ impl Cluster {
         fs::write(own.join("10-net.conflist"), network().to_string()).expect("write the config");
         let config = own.join("containerd.toml").display().to_string();
         let containerd = start("containerd", &["containerd", "-c", &config]);
-        let etcd = start(
+        // What no check stops ends with the namespace.
+        start(
             "etcd",
             &[
                 "etcd",
@@ -160,7 +155,7 @@ impl Cluster {
             kube.try_run("get --raw /readyz").await.is_ok_and(|it| it == "ok")
         })
         .await;
-        let controllers = start(
+        start(
             "kube-controller-manager",
             &[
                 "kube-controller-manager",
@@ -172,7 +167,7 @@ impl Cluster {
                 "--bind-address=127.0.0.1",
             ],
         );
-        let scheduler = start(
+        start(
             "kube-scheduler",
             &[
                 "kube-scheduler",
@@ -216,7 +211,6 @@ impl Cluster {
             times,
             project,
             canaries: Vec::new(),
-            rest: vec![etcd, controllers, scheduler],
         }
     }
 

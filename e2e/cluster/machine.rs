@@ -185,6 +185,7 @@ pub(crate) fn init(args: &[String]) -> u8 {
     let dir = directory();
     end_with_caller();
     make_machine(&dir);
+    #[allow(clippy::zombie_processes)] // the loop below waits for every process there is
     let checks = Command::new(std::env::current_exe().expect("this program"))
         .arg("inside")
         .args(args)
