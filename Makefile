@@ -21,7 +21,7 @@ define need
 	@command -v $(1) >/dev/null || { echo 'missing: $(1). Install it with: $(2)' >&2; exit 1; }
 endef
 
-.PHONY: help demo test bench e2e e2e-down image manifest lint clean need-build need-lab need-root release
+.PHONY: help demo test bench e2e e2e-down readme-attacks image manifest lint clean need-build need-lab need-root release
 
 help:
 	@echo 'make demo   real secrets, a real OpenBao, a real Envoy as the attacker; prints what it got'
@@ -91,6 +91,10 @@ e2e: need-lab image
 	cargo build --example e2e --example app
 	env K8S=$(K8S) $(E2E) programs
 	$(SUDO) env $(E2E_ENV) $(E2E) $(CHECKS)
+
+# The table that the last run of the attacks wrote.
+readme-attacks: need-build
+	cargo run --quiet --example e2e -- readme
 
 e2e-down: need-root
 	$(SUDO) env $(E2E_ENV) $(E2E) down

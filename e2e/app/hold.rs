@@ -7,17 +7,10 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use rustix::fs::inotify;
-use tokio::signal::unix::{SignalKind, signal};
 
 /// Opens every file, then prints `moved` for each swap of a `..data` link in their directories, until SIGTERM.
 pub(crate) fn run(files: &[String]) -> ExitCode {
-    std::thread::spawn(|| {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(async {
-            signal(SignalKind::terminate()).unwrap().recv().await;
-            std::process::exit(0);
-        })
-    });
+    crate::end_at_sigterm();
     let mut open = Vec::new();
     for file in files {
         match File::open(file) {

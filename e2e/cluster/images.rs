@@ -99,8 +99,10 @@ fn image(dir: &Path, name: &str, files: &[Copy<'_>], entry: &[&str]) -> PathBuf 
         let to = root.join(file.to.trim_start_matches('/'));
         fs::create_dir_all(to.parent().expect("a parent")).expect("a directory");
         // A link where the file system allows one: Envoy is 150 MB.
-        if fs::hard_link(file.from, &to).is_err() {
-            fs::copy(file.from, &to).unwrap_or_else(|error| panic!("{}: {error}", file.from.display()));
+        // Of the file itself: a link to a symbolic link leads nowhere inside.
+        let from = fs::canonicalize(file.from).unwrap_or_else(|error| panic!("{}: {error}", file.from.display()));
+        if fs::hard_link(&from, &to).is_err() {
+            fs::copy(&from, &to).unwrap_or_else(|error| panic!("{}: {error}", file.from.display()));
         }
     }
     let tmp = root.join("tmp");

@@ -270,7 +270,9 @@ fn make_machine(dir: &Path) {
     };
     ip("link set lo up");
     // A bridge is the node's interface: the kubelet takes no loopback address, and pods reach the node by it.
-    ip("link add node type bridge");
+    // Its own address: otherwise it takes the lowest of its ports', and with each pod that comes or goes the others lose
+    // the node for as long as they remember the old one.
+    ip("link add node address 02:00:0a:f4:4d:01 type bridge");
     ip(&format!("addr add {NODE_ADDRESS}/24 dev node"));
     ip(&format!("addr add {SERVICE_ADDRESS}/32 dev node"));
     ip("link set node up");

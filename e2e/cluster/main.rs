@@ -3,6 +3,7 @@
 //!
 //!     e2e programs           builds what the cluster runs, as far as the cache does not hold it
 //!     e2e [NAME...]          starts a cluster, runs the checks whose group or name contains one of NAME, ends it
+//!     e2e readme             puts the table of attacks that a run wrote into the README
 //!     e2e down               ends a cluster that KEEP=1 left
 //!
 //! `K8S=1.34.4` takes another version, `KEEP=1` leaves the cluster up, `LONG=1` lets outages last as long as the
@@ -19,6 +20,7 @@ mod lab;
 #[path = "../sanity/mod.rs"]
 mod sanity;
 
+mod attacks;
 mod chart;
 mod cluster;
 mod images;
@@ -46,6 +48,8 @@ fn main() -> ExitCode {
             }
             0
         }),
+        // What a run wrote, into the README.
+        Some("readme") => attacks::into_readme(std::path::Path::new(env!("CARGO_MANIFEST_DIR"))).map(|()| 0),
         Some("down") => machine::down().map(|()| 0),
         // The first process inside, and the one that does the work.
         Some("init") => Ok(machine::init(&args[1..])),

@@ -38,6 +38,7 @@ static GROUPS: &[(&str, &[Check])] = &[
     ("install", crate::install::CHECKS),
     ("chart", crate::chart::CHECKS),
     ("sanity", crate::suite::CHECKS),
+    ("attacks", crate::attacks::CHECKS),
     ("life", crate::life::CHECKS),
 ];
 

@@ -232,20 +232,10 @@ fn listing(out: &str, err: &str) -> Got {
     if out.lines().any(|line| line == "password") { Got::Listed } else { errno(err) }
 }
 
-/// The error's name, from the C library's text for it.
+/// The error's name, or the start of what was said instead.
 fn errno(text: &str) -> Got {
-    let known = [
-        ("No such file or directory", "ENOENT"),
-        ("Permission denied", "EACCES"),
-        ("Operation not permitted", "EPERM"),
-        ("No such device or address", "ENXIO"),
-        ("Not a directory", "ENOTDIR"),
-        ("Is a directory", "EISDIR"),
-        ("No such process", "ESRCH"),
-        ("Input/output error", "EIO"),
-    ];
-    let found = known.into_iter().find(|(said, _)| text.contains(said));
-    found.map_or_else(|| Got::Odd(text.trim().chars().take(17).collect()), |(_, name)| Got::Errno(name))
+    let odd = || Got::Odd(text.trim().chars().take(17).collect());
+    crate::lab::envoy::errno(text).map_or_else(odd, Got::Errno)
 }
 
 fn count(bytes: &[u8], canary: &str) -> usize {

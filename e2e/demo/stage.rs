@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime};
 use serde_json::{Value, json};
 
 use crate::attacks::Column;
-use crate::lab::envoy::{Envoy, Upstream, carry};
+use crate::lab::envoy::{Envoy, Place, Upstream, carry};
 use crate::lab::kubelet::{Kubelet, PodSpec};
 use crate::lab::node::Node;
 use crate::lab::pod::{Bind, Container, Sandbox, User};
@@ -222,8 +222,8 @@ pub(crate) async fn start_envoy(
         [Bind::ro(&columns[0].host, columns[0].dir), Bind::ro(tokens, TOKEN_DIR), Bind::ro(&road, "/openbao.sock")];
     let csi = node.csi_socket();
     let upstreams = [
-        Upstream { name: "openbao", socket: "/openbao.sock", ca_pem: Some(bao.ca_pem()) },
-        Upstream { name: "driver", socket: csi.to_str().unwrap(), ca_pem: None },
+        Upstream { name: "openbao", place: Place::Socket("/openbao.sock".into()), ca_pem: Some(bao.ca_pem()) },
+        Upstream { name: "driver", place: Place::Socket(csi.to_owned()), ca_pem: None },
     ];
     Envoy::start(sandbox, &binds, &upstreams).await
 }

@@ -44,8 +44,13 @@ function envoy_on_request(handle)
     if fault then
       status, answer = "403", fault
     else
-      local reply, text = handle:httpCall(upstream,
-        {[":method"] = "POST", [":path"] = path or "/", [":authority"] = upstream}, body, 5000)
+      local headers = {[":method"] = asked:get("x-method") or "POST", [":path"] = path or "/", [":authority"] = upstream}
+      headers["x-vault-token"] = asked:get("x-vault-token")
+      if asked:get("x-bearer") then
+        headers["authorization"] = "Bearer " .. body
+        body = nil
+      end
+      local reply, text = handle:httpCall(upstream, headers, body, 5000)
       status, answer = reply[":status"], text or ""
     end
   end
@@ -62,21 +67,57 @@ pub struct Answer {
     pub body: Vec<u8>,
 }
 
-/// An upstream of Envoy's behind a unix socket.
+/// Where something listens.
+#[derive(Debug, Clone)]
+pub enum Place {
+    /// A unix socket.
+    Socket(PathBuf),
+    /// An address and a port.
+    Tcp(String, u16),
+}
+
+impl Place {
+    /// As Envoy's configuration writes it.
+    fn address(&self) -> serde_json::Value {
+        match self {
+            Self::Socket(path) => serde_json::json!({"pipe": {"path": path}}),
+            Self::Tcp(host, port) => serde_json::json!({"socket_address": {"address": host, "port_value": port}}),
+        }
+    }
+}
+
+/// An upstream of Envoy's.
 pub struct Upstream<'a> {
-    /// Its name for [`Envoy::call`].
+    /// Its name for [`Proxy::call`].
     pub name: &'a str,
-    /// The socket, as the container sees it.
-    pub socket: &'a str,
+    /// Where it is, as the container sees it.
+    pub place: Place,
     /// The CA of its TLS certificate for `localhost`, PEM; without one it is spoken to in the clear.
     pub ca_pem: Option<&'a str>,
+}
+
+/// A compromised proxy, as who commands it reaches it.
+#[derive(Debug, Clone)]
+pub struct Proxy {
+    /// Its listener.
+    pub http: Place,
+    /// Its admin interface.
+    pub admin: Place,
 }
 
 /// The proxy in its container. It listens on sockets in a directory that it shares with the machine: the pod's network
 /// namespace needs no route.
 pub struct Envoy {
-    dir: PathBuf,
+    proxy: Proxy,
     container: Container,
+}
+
+impl std::ops::Deref for Envoy {
+    type Target = Proxy;
+
+    fn deref(&self) -> &Proxy {
+        &self.proxy
+    }
 }
 
 impl Envoy {
@@ -87,13 +128,15 @@ impl Envoy {
         fs::set_permissions(&dir, fs::Permissions::from_mode(0o700)).unwrap();
         chown(&dir, Some(ENVOY_UID), Some(ENVOY_UID)).unwrap();
         let config = sandbox.dir().join("envoy.json");
-        fs::write(&config, bootstrap(upstreams)).unwrap();
+        let at = |dir: &Path| Proxy { http: Place::Socket(dir.join("http")), admin: Place::Socket(dir.join("admin")) };
+        let inside = at(Path::new("/sockets"));
+        fs::write(&config, bootstrap(&inside, upstreams).to_string()).unwrap();
         let mut all =
             vec![Bind::ro(&program("envoy"), "/envoy"), Bind::ro(&config, "/envoy.json"), Bind::rw(&dir, "/sockets")];
         all.extend_from_slice(binds);
         let start = ["/envoy", "-c", "/envoy.json", "--concurrency", "1", "-l", "warning", "--disable-hot-restart"];
         let container = sandbox.run("envoy", User::new(ENVOY_UID), &all, &start);
-        let envoy = Self { dir, container };
+        let envoy = Self { proxy: at(&dir), container };
         let end = Instant::now() + Duration::from_secs(20);
         while envoy.admin("/ready").await.is_none_or(|answer| answer.status != 200) {
             assert!(Instant::now() < end, "Envoy is not ready; its log:\n{}", envoy.container.log());
@@ -106,7 +149,9 @@ impl Envoy {
     pub fn container(&self) -> &Container {
         &self.container
     }
+}
 
+impl Proxy {
     /// Asks Envoy to read a file: the content, or the text of its error.
     pub async fn read(&self, path: &str) -> Result<Vec<u8>, String> {
         let answer = self.ask(&[("x-read", path)]).await;
@@ -127,24 +172,24 @@ impl Envoy {
         self.ask(&headers).await
     }
 
-    async fn ask(&self, headers: &[(&str, &str)]) -> Answer {
-        get(&self.dir.join("http"), "/", headers).await.unwrap_or_else(|error| panic!("Envoy: {error}"))
+    /// A request to the filter, with these headers.
+    pub async fn ask(&self, headers: &[(&str, &str)]) -> Answer {
+        get(&self.http, "/", headers).await.unwrap_or_else(|error| panic!("Envoy: {error}"))
     }
 
     /// A page of the admin interface; `None` if it does not answer.
     pub async fn admin(&self, path: &str) -> Option<Answer> {
-        get(&self.dir.join("admin"), path, &[]).await.ok()
+        get(&self.admin, path, &[]).await.ok()
     }
 }
 
-/// Envoy's configuration, as JSON.
-fn bootstrap(upstreams: &[Upstream<'_>]) -> String {
-    let pipe = |path: &str| serde_json::json!({"pipe": {"path": path}});
+/// Envoy's configuration.
+pub fn bootstrap(own: &Proxy, upstreams: &[Upstream<'_>]) -> serde_json::Value {
     let extension = |kind: &str| format!("type.googleapis.com/envoy.extensions.{kind}");
     let clusters: Vec<serde_json::Value> = upstreams
         .iter()
         .map(|upstream| {
-            let endpoint = serde_json::json!({"endpoint": {"address": pipe(upstream.socket)}});
+            let endpoint = serde_json::json!({"endpoint": {"address": upstream.place.address()}});
             let mut cluster = serde_json::json!({
                 "name": upstream.name,
                 "type": "STATIC",
@@ -188,22 +233,46 @@ fn bootstrap(upstreams: &[Upstream<'_>]) -> String {
         "http_filters": filters,
     });
     serde_json::json!({
-        "admin": {"address": pipe("/sockets/admin")},
+        "admin": {"address": own.admin.address()},
         "static_resources": {
             "listeners": [{
                 "name": "http",
-                "address": pipe("/sockets/http"),
+                "address": own.http.address(),
                 "filter_chains": [{"filters": [{"name": "http", "typed_config": connections}]}],
             }],
             "clusters": clusters,
         },
     })
-    .to_string()
 }
 
-/// One HTTP/1.1 request over a unix socket.
-pub async fn get(socket: &Path, path: &str, headers: &[(&str, &str)]) -> io::Result<Answer> {
-    let mut stream = UnixStream::connect(socket).await?;
+/// The name of the error that a program's message ends with, from the C library's text for it.
+pub fn errno(text: &str) -> Option<&'static str> {
+    let known = [
+        ("No such file or directory", "ENOENT"),
+        ("Permission denied", "EACCES"),
+        ("Operation not permitted", "EPERM"),
+        ("No such device or address", "ENXIO"),
+        ("Not a directory", "ENOTDIR"),
+        ("Is a directory", "EISDIR"),
+        ("No such process", "ESRCH"),
+        ("Input/output error", "EIO"),
+    ];
+    known.into_iter().find(|(said, _)| text.contains(said)).map(|(_, name)| name)
+}
+
+/// One HTTP/1.1 request.
+pub async fn get(place: &Place, path: &str, headers: &[(&str, &str)]) -> io::Result<Answer> {
+    match place {
+        Place::Socket(socket) => exchange(UnixStream::connect(socket).await?, path, headers).await,
+        Place::Tcp(host, port) => exchange(TcpStream::connect((host.as_str(), *port)).await?, path, headers).await,
+    }
+}
+
+async fn exchange(
+    mut stream: impl AsyncReadExt + AsyncWriteExt + Unpin,
+    path: &str,
+    headers: &[(&str, &str)],
+) -> io::Result<Answer> {
     let mut request = format!("GET {path} HTTP/1.1\r\nhost: envoy\r\nconnection: close\r\n");
     for (name, value) in headers {
         request.push_str(&format!("{name}: {value}\r\n"));
