@@ -64,5 +64,5 @@ fn find(bytes: &[u8], mark: &str) -> Option<String> {
 /// Of many refusals the one that tells most: a right that is missing before a thing that is not there.
 fn worst(refusals: &[Errno]) -> Errno {
     let order = [Errno::EACCES, Errno::EPERM];
-    order.into_iter().find(|it| refusals.contains(it)).or(refusals.first().copied()).unwrap_or(Errno::ENOENT)
+    order.into_iter().find(|it| refusals.contains(it)).or_else(|| refusals.first().copied()).unwrap_or(Errno::ENOENT)
 }
