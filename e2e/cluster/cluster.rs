@@ -254,6 +254,25 @@ impl Cluster {
         self.kube.apply(namespace, &yaml.to_string()).await;
     }
 
+    /// After a check that broke off: what it may have stopped runs again.
+    pub(crate) async fn restore(&mut self) {
+        for process in [&mut self.containerd, &mut self.apiserver, &mut self.kubelet] {
+            process.start();
+        }
+        if self.bao.call("", "GET", "sys/seal-status", &Value::Null).await.is_none() {
+            self.bao.stop();
+            self.bao.start_again().await;
+        }
+        until("the API server serves", Duration::from_secs(60), async || {
+            self.kube.try_run("get --raw /readyz").await.is_ok_and(|it| it == "ok")
+        })
+        .await;
+        let patch = r#"{"spec":{"template":{"spec":{"nodeSelector":{"e2e":null}}}}}"#;
+        let args = ["patch", "daemonset", "sealmount", "-n", SYSTEM, "--type=merge", "-p", patch];
+        // Without a DaemonSet nothing was installed: the check that says so has failed already.
+        let _ = self.kube.try_with(&args, "").await;
+    }
+
     /// The driver's pod on the node, once it is ready.
     pub(crate) async fn driver(&self) -> Value {
         let select = format!("get pods -n {SYSTEM} -l app.kubernetes.io/name=sealmount");

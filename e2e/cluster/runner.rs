@@ -40,6 +40,7 @@ static GROUPS: &[(&str, &[Check])] = &[
     ("sanity", crate::suite::CHECKS),
     ("attacks", crate::attacks::CHECKS),
     ("life", crate::life::CHECKS),
+    ("disk", &[check!("no canary of any check on the disk", on_disk)]),
 ];
 
 /// Namespaces that are not a check's.
@@ -58,6 +59,7 @@ pub(crate) fn run(version: &str, programs: Programs, wanted: &[String]) -> bool 
         let start = Instant::now();
         let mut cluster = Cluster::start(version, programs).await;
         println!("Kubernetes {version} is up after {:.0} s", start.elapsed().as_secs_f32());
+        let mut unknown = wanted.to_vec();
         let (mut passed, mut failed) = (0, Vec::new());
         for (group, checks) in GROUPS {
             let is_wanted = |check: &&Check| {
@@ -66,6 +68,7 @@ pub(crate) fn run(version: &str, programs: Programs, wanted: &[String]) -> bool 
                     || wanted.iter().any(|it| group.contains(it.as_str()) || check.name.contains(it.as_str()))
             };
             let chosen: Vec<&Check> = checks.iter().filter(is_wanted).collect();
+            unknown.retain(|it| !group.contains(it.as_str()) && !checks.iter().any(|check| check.name.contains(it)));
             if !chosen.is_empty() {
                 println!("\n== {group}");
             }
@@ -82,11 +85,13 @@ pub(crate) fn run(version: &str, programs: Programs, wanted: &[String]) -> bool 
                         // The panic's own message was printed where it happened.
                         failed.push(format!("{group}: {}", check.name));
                         println!("  FAIL {}  [{seconds:.0} s]", check.name);
+                        cluster.restore().await;
                         remove_namespaces(&cluster).await;
                     }
                 }
             }
         }
+        failed.extend(unknown.iter().map(|it| format!("no check has {it:?} in its name or group")));
         println!("\n{:.1} minutes on Kubernetes {version}", start.elapsed().as_secs_f32() / 60.0);
         for name in &failed {
             println!("FAIL {name}");
@@ -160,6 +165,20 @@ async fn sweep(cluster: &Cluster, after: &str) {
     assert!(found.is_empty(), "after {after:?}: canaries in etcd: {found:?}");
 }
 
+/// The files of the whole cluster: logs, the kubelet's and containerd's directories, OpenBao's. Only etcd's may hold one,
+/// in a Secret.
+async fn on_disk(cluster: &mut Cluster) -> String {
+    let needles: Vec<&[u8]> = cluster.canaries().iter().map(String::as_bytes).collect();
+    assert!(!needles.is_empty(), "no check made a canary");
+    let etcd = cluster.dir.join("lib/etcd");
+    let mut found = in_files_but(&cluster.dir, &needles, Some(&etcd));
+    assert!(found.is_empty(), "canaries in {found:?}");
+    // That this would find one: etcd has the Secrets.
+    found = in_files(&etcd, &needles);
+    assert!(!found.is_empty(), "the search finds not even those of etcd");
+    format!("{} values looked for", needles.len())
+}
+
 async fn gone_within(limit: Duration, mut holds: impl AsyncFnMut() -> bool) -> Result<(), ()> {
     let end = Instant::now() + limit;
     while !holds().await {
@@ -198,10 +217,17 @@ fn strays(driver: &[&str]) -> Vec<String> {
 /// Files below `root` in which a needle stands. Mounts below it are searched too: of pods that run on, none is there
 /// after a check.
 fn in_files(root: &Path, needles: &[&[u8]]) -> Vec<String> {
+    in_files_but(root, needles, None)
+}
+
+fn in_files_but(root: &Path, needles: &[&[u8]], except: Option<&Path>) -> Vec<String> {
+    if Some(root) == except {
+        return Vec::new();
+    }
     let Ok(kind) = fs::symlink_metadata(root).map(|it| it.file_type()) else { return Vec::new() };
     if kind.is_dir() {
         let entries = fs::read_dir(root).into_iter().flatten().flatten();
-        return entries.flat_map(|entry| in_files(&entry.path(), needles)).collect();
+        return entries.flat_map(|entry| in_files_but(&entry.path(), needles, except)).collect();
     }
     // A file that goes away meanwhile holds nothing any more.
     let counts = if kind.is_file() { canary::in_files(root, needles).unwrap_or_default() } else { Vec::new() };
