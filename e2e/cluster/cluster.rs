@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
@@ -113,7 +113,7 @@ pub(crate) struct Cluster {
     pub(crate) times: Times,
     /// The project's directory.
     pub(crate) project: PathBuf,
-    canaries: Vec<String>,
+    canaries: Mutex<Vec<String>>,
 }
 
 impl Cluster {
@@ -210,7 +210,7 @@ impl Cluster {
             kubelet,
             times,
             project,
-            canaries: Vec::new(),
+            canaries: Mutex::default(),
         }
     }
 
@@ -220,17 +220,17 @@ impl Cluster {
     }
 
     /// A new secret value that the sweep after each check looks for everywhere.
-    pub(crate) fn canary(&mut self) -> String {
+    pub(crate) fn canary(&self) -> String {
         let mut bytes = [0_u8; 12];
         ring::rand::SecureRandom::fill(&ring::rand::SystemRandom::new(), &mut bytes).expect("random bytes");
         let value = format!("canary{}", bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>());
-        self.canaries.push(value.clone());
+        self.canaries.lock().expect("no panic in there").push(value.clone());
         value
     }
 
     /// All canaries so far.
-    pub(crate) fn canaries(&self) -> &[String] {
-        &self.canaries
+    pub(crate) fn canaries(&self) -> Vec<String> {
+        self.canaries.lock().expect("no panic in there").clone()
     }
 
     /// A namespace for one check, at a level of the Pod Security Standards.

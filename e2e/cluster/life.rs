@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::cluster::{Cluster, SYSTEM, until};
 use crate::install::payments;
 use crate::pods::{APP_UID, MOUNT, app, container, from_secret, from_vault, pod, simple, spec};
-use crate::runner::{Check, check};
+use crate::runner::{Check, beside, check};
 
 mod driver;
 mod outage;
@@ -15,17 +15,17 @@ mod start;
 
 pub(crate) static CHECKS: &[Check] = &[
     check!("a pod starts; restricted level, read-only root, no root", first_start),
-    check!("a container crashes and finds its files again", crash),
-    check!("an init container that `for` names reads, beside the app", init_container),
     check!("a pod with 8 volumes", eight_volumes),
-    check!("a pod in a user namespace (hostUsers: false)", user_namespace),
-    check!("a mistyped attribute is an event that says the right name", mistyped),
-    check!("a Secret that is not UTF-8: the message of the README's table", not_utf8),
-    check!("Job and CronJob pods end", jobs),
-    check!("a StatefulSet's pod is replaced under its name", stateful_set),
-    check!("new content reaches an app that watches ..data, from Secret and Vault", rotation),
-    check!("a subPath mount keeps what it bound, through every rotation", sub_path),
-    check!("a Secret deleted under a running pod: content stays, reported as stale", secret_deleted),
+    beside!("a container crashes and finds its files again", crash),
+    beside!("an init container that `for` names reads, beside the app", init_container),
+    beside!("a pod in a user namespace (hostUsers: false)", user_namespace),
+    beside!("a mistyped attribute is an event that says the right name", mistyped),
+    beside!("a Secret that is not UTF-8: the message of the README's table", not_utf8),
+    beside!("Job and CronJob pods end", jobs),
+    beside!("a StatefulSet's pod is replaced under its name", stateful_set),
+    beside!("new content reaches an app that watches ..data, from Secret and Vault", rotation),
+    beside!("a subPath mount keeps what it bound, through every rotation", sub_path),
+    beside!("a Secret deleted under a running pod: content stays, reported as stale", secret_deleted),
     check!("a pod is deleted while the driver is away, and ends when it is back", driver::deleted_meanwhile),
     check!("a pod that comes before the driver waits, and starts", driver::before_the_driver),
     check!("the driver's pod is deleted while 20 pods start", driver::killed_in_a_start),
@@ -42,7 +42,7 @@ pub(crate) static CHECKS: &[Check] = &[
 const READY: Duration = Duration::from_secs(60);
 
 /// A namespace with the Secret `db`, whose password is a canary.
-async fn namespace(cluster: &mut Cluster, name: &str) -> (String, String) {
+async fn namespace(cluster: &Cluster, name: &str) -> (String, String) {
     let password = cluster.canary();
     let namespace = cluster.namespace(name, "restricted").await;
     cluster.secret(&namespace, "db", &[("username", "app"), ("password", &password)]).await;
@@ -76,7 +76,7 @@ async fn first_start(cluster: &mut Cluster) -> String {
     format!("{seconds:.1} s from apply to ready")
 }
 
-async fn crash(cluster: &mut Cluster) -> String {
+async fn crash(cluster: &Cluster) -> String {
     let (namespace, password) = namespace(cluster, "crash").await;
     cluster.kube.apply(&namespace, &simple("crash").to_string()).await;
     let first = cluster.kube.ready(&namespace, "crash", READY).await;
@@ -95,7 +95,7 @@ async fn crash(cluster: &mut Cluster) -> String {
     "twice".to_owned()
 }
 
-async fn init_container(cluster: &mut Cluster) -> String {
+async fn init_container(cluster: &Cluster) -> String {
     let (namespace, password) = namespace(cluster, "init").await;
     let mut both = pod("both", &[app(&["password"])], &[from_secret("db", "db")]);
     // The comparison's text stands in the API server, so it is hashed.
@@ -143,7 +143,7 @@ async fn eight_volumes(cluster: &mut Cluster) -> String {
     format!("{seconds:.1} s from apply to ready")
 }
 
-async fn user_namespace(cluster: &mut Cluster) -> String {
+async fn user_namespace(cluster: &Cluster) -> String {
     let (namespace, password) = namespace(cluster, "userns").await;
     let mut apart = simple("apart");
     apart["spec"]["hostUsers"] = json!(false);
@@ -155,7 +155,7 @@ async fn user_namespace(cluster: &mut Cluster) -> String {
     "reads".to_owned()
 }
 
-async fn mistyped(cluster: &mut Cluster) -> String {
+async fn mistyped(cluster: &Cluster) -> String {
     let (namespace, _) = namespace(cluster, "typo").await;
     let mut wrong = simple("typo");
     wrong["spec"]["volumes"][0]["csi"]["volumeAttributes"] = json!({"fro": "app"});
@@ -167,7 +167,7 @@ async fn mistyped(cluster: &mut Cluster) -> String {
     format!("{}: after {seconds:.1} s", code(&event.message))
 }
 
-async fn not_utf8(cluster: &mut Cluster) -> String {
+async fn not_utf8(cluster: &Cluster) -> String {
     let (namespace, _) = namespace(cluster, "binary").await;
     let secret = json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "db"}, "data": {"key": "//79"}});
     cluster.kube.apply(&namespace, &secret.to_string()).await;
@@ -178,7 +178,7 @@ async fn not_utf8(cluster: &mut Cluster) -> String {
     "the kubelet says it".to_owned()
 }
 
-async fn jobs(cluster: &mut Cluster) -> String {
+async fn jobs(cluster: &Cluster) -> String {
     let (namespace, password) = namespace(cluster, "jobs").await;
     let check = format!("test \"$(sha256sum < {MOUNT}/password | cut -c1-64)\" = {}", sha256(&password));
     let mut spec = spec(&[container("app", APP_UID, &["sh", "-c", &check])], &[from_secret("db", "db")]);
@@ -198,7 +198,7 @@ async fn jobs(cluster: &mut Cluster) -> String {
     "both complete".to_owned()
 }
 
-async fn stateful_set(cluster: &mut Cluster) -> String {
+async fn stateful_set(cluster: &Cluster) -> String {
     let (namespace, password) = namespace(cluster, "stateful").await;
     let mut set = json!({
         "apiVersion": "apps/v1", "kind": "StatefulSet", "metadata": {"name": "set"},
@@ -226,7 +226,7 @@ async fn stateful_set(cluster: &mut Cluster) -> String {
 }
 
 /// Writes a new value into the Secret `db`.
-async fn rotate(cluster: &mut Cluster, namespace: &str) -> String {
+async fn rotate(cluster: &Cluster, namespace: &str) -> String {
     let password = cluster.canary();
     cluster.secret(namespace, "db", &[("username", "app"), ("password", &password)]).await;
     password
@@ -238,7 +238,7 @@ async fn moves(cluster: &Cluster, namespace: &str, pod: &str) -> usize {
     log.lines().filter(|line| *line == "moved").count()
 }
 
-async fn rotation(cluster: &mut Cluster) -> String {
+async fn rotation(cluster: &Cluster) -> String {
     payments(cluster).await;
     let first = cluster.canary();
     cluster.secret("payments", "db", &[("password", &first)]).await;
@@ -269,7 +269,7 @@ async fn rotation(cluster: &mut Cluster) -> String {
     facts.join(", ")
 }
 
-async fn sub_path(cluster: &mut Cluster) -> String {
+async fn sub_path(cluster: &Cluster) -> String {
     let (namespace, first) = namespace(cluster, "subpath").await;
     let mut container = app(&[]);
     container["volumeMounts"] = json!([
@@ -290,7 +290,7 @@ async fn sub_path(cluster: &mut Cluster) -> String {
     "two rotations".to_owned()
 }
 
-async fn secret_deleted(cluster: &mut Cluster) -> String {
+async fn secret_deleted(cluster: &Cluster) -> String {
     let (namespace, password) = namespace(cluster, "deleted").await;
     cluster.kube.apply(&namespace, &simple("keeps").to_string()).await;
     cluster.kube.ready(&namespace, "keeps", READY).await;

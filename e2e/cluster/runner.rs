@@ -22,16 +22,32 @@ pub(crate) struct Check {
     /// What holds, in the table's words.
     pub(crate) name: &'static str,
     /// The check.
-    pub(crate) run: for<'a> fn(&'a mut Cluster) -> LocalBoxFuture<'a, String>,
+    pub(crate) run: Run,
+}
+
+/// How a check wants the cluster.
+pub(crate) enum Run {
+    /// For itself: it measures, or stops a part.
+    Alone(for<'a> fn(&'a mut Cluster) -> LocalBoxFuture<'a, String>),
+    /// Beside its neighbours in the list that are like it: it mostly waits, in a namespace of its own.
+    Beside(for<'a> fn(&'a Cluster) -> LocalBoxFuture<'a, String>),
 }
 
 /// `check!("a pod starts", a_pod_starts)`, where `async fn a_pod_starts(cluster: &mut Cluster) -> String`.
 macro_rules! check {
     ($name:literal, $function:path) => {
-        $crate::runner::Check { name: $name, run: |cluster| Box::pin($function(cluster)) }
+        $crate::runner::Check { name: $name, run: $crate::runner::Run::Alone(|cluster| Box::pin($function(cluster))) }
     };
 }
 pub(crate) use check;
+
+/// The same for an `async fn(&Cluster) -> String` that runs beside others.
+macro_rules! beside {
+    ($name:literal, $function:path) => {
+        $crate::runner::Check { name: $name, run: $crate::runner::Run::Beside(|cluster| Box::pin($function(cluster))) }
+    };
+}
+pub(crate) use beside;
 
 /// The groups, in the order they run. `install` comes first and always: the others need the driver.
 static GROUPS: &[(&str, &[Check])] = &[
@@ -72,21 +88,19 @@ pub(crate) fn run(version: &str, programs: Programs, wanted: &[String]) -> bool 
             if !chosen.is_empty() {
                 println!("\n== {group}");
             }
-            for check in chosen {
-                let begun = Instant::now();
-                let result = AssertUnwindSafe(one(&mut cluster, check)).catch_unwind().await;
-                let seconds = begun.elapsed().as_secs_f32();
-                match result {
-                    Ok(fact) => {
-                        passed += 1;
-                        println!("  ok   {:<70} {fact}  [{seconds:.0} s]", check.name);
-                    }
-                    Err(_) => {
-                        // The panic's own message was printed where it happened.
-                        failed.push(format!("{group}: {}", check.name));
-                        println!("  FAIL {}  [{seconds:.0} s]", check.name);
-                        cluster.restore().await;
-                        remove_namespaces(&cluster).await;
+            for batch in chosen.chunk_by(|a, b| matches!((&a.run, &b.run), (Run::Beside(_), Run::Beside(_)))) {
+                for (check, outcome) in batch.iter().zip(run_batch(&mut cluster, batch).await) {
+                    let Outcome { fact, seconds } = outcome;
+                    match fact {
+                        Some(fact) => {
+                            passed += 1;
+                            println!("  ok   {:<70} {fact}  [{seconds:.0} s]", check.name);
+                        }
+                        None => {
+                            // The panic's own message was printed where it happened.
+                            failed.push(format!("{group}: {}", check.name));
+                            println!("  FAIL {}  [{seconds:.0} s]", check.name);
+                        }
                     }
                 }
             }
@@ -101,11 +115,40 @@ pub(crate) fn run(version: &str, programs: Programs, wanted: &[String]) -> bool 
     })
 }
 
-async fn one(cluster: &mut Cluster, check: &Check) -> String {
-    let fact = (check.run)(cluster).await;
+/// What came of a check; no fact if it failed.
+struct Outcome {
+    fact: Option<String>,
+    seconds: f32,
+}
+
+/// Runs checks that may run beside each other, or one; then removes what they made and sweeps.
+async fn run_batch(cluster: &mut Cluster, batch: &[&Check]) -> Vec<Outcome> {
+    async fn timed(run: impl Future<Output = String>) -> Outcome {
+        let begun = Instant::now();
+        let fact = AssertUnwindSafe(run).catch_unwind().await.ok();
+        Outcome { fact, seconds: begun.elapsed().as_secs_f32() }
+    }
+    let mut outcomes = match &batch[0].run {
+        Run::Alone(run) => vec![timed(run(cluster)).await],
+        Run::Beside(_) => {
+            let cluster = &*cluster;
+            let runs = batch.iter().filter_map(|check| match &check.run {
+                Run::Beside(run) => Some(timed(run(cluster))),
+                Run::Alone(_) => None,
+            });
+            futures_util::future::join_all(runs).await
+        }
+    };
+    if outcomes.iter().any(|it| it.fact.is_none()) {
+        cluster.restore().await;
+    }
     remove_namespaces(cluster).await;
-    sweep(cluster, check.name).await;
-    fact
+    let names: Vec<&str> = batch.iter().map(|it| it.name).collect();
+    let swept = AssertUnwindSafe(sweep(cluster, &names.join("; "))).catch_unwind().await;
+    if swept.is_err() {
+        outcomes.iter_mut().for_each(|it| it.fact = None);
+    }
+    outcomes
 }
 
 /// Removes the pods of the check, waits for their end, and leaves the rest of its namespaces to the controllers.
@@ -152,7 +195,8 @@ async fn sweep(cluster: &Cluster, after: &str) {
         strays(&driver).is_empty()
     })
     .await;
-    let needles: Vec<&[u8]> = cluster.canaries().iter().map(String::as_bytes).collect();
+    let canaries = cluster.canaries();
+    let needles: Vec<&[u8]> = canaries.iter().map(String::as_bytes).collect();
     if needles.is_empty() {
         return;
     }
@@ -168,7 +212,8 @@ async fn sweep(cluster: &Cluster, after: &str) {
 /// The files of the whole cluster: logs, the kubelet's and containerd's directories, OpenBao's. Only etcd's may hold one,
 /// in a Secret.
 async fn on_disk(cluster: &mut Cluster) -> String {
-    let needles: Vec<&[u8]> = cluster.canaries().iter().map(String::as_bytes).collect();
+    let canaries = cluster.canaries();
+    let needles: Vec<&[u8]> = canaries.iter().map(String::as_bytes).collect();
     assert!(!needles.is_empty(), "no check made a canary");
     let etcd = cluster.dir.join("lib/etcd");
     let mut found = in_files_but(&cluster.dir, &needles, Some(&etcd));
