@@ -46,9 +46,9 @@ bench: need-lab release
 	cargo build --release --example bench
 	$(SUDO) $(RELEASE)/examples/bench
 
-E2E := $(CARGO_TARGET_DIR)/$(TARGET)/debug/examples/e2e
-E2E_ENV := SEALMOUNT_BIN=$(RELEASE)/sealmount K8S=$(K8S) KEEP=$(KEEP) LONG=$(LONG) $(if $(E2E_DIR),E2E_DIR=$(E2E_DIR))
 K8S ?= 1.37.2
+E2E := $(CARGO_TARGET_DIR)/$(TARGET)/debug/examples/e2e
+E2E_ENV = SEALMOUNT_BIN=$(RELEASE)/sealmount K8S=$(K8S) KEEP=$(KEEP) LONG=$(LONG) $(if $(E2E_DIR),E2E_DIR=$(E2E_DIR))
 
 # The image from the release binary, reproducible: no time, user or umask stands in it. All of it is below the cache.
 IMAGES := $(CACHE)/images

@@ -38,7 +38,8 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
-    let version = std::env::var("K8S").unwrap_or_else(|_| "1.37.2".to_owned());
+    let version = std::env::var("K8S").ok().filter(|version| !version.is_empty());
+    let version = version.unwrap_or_else(|| "1.37.2".to_owned());
     let programs = || programs::Programs::get(&version);
     let result = match args.first().map(String::as_str) {
         Some("programs") => programs().map(|_| {
