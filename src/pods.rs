@@ -278,7 +278,7 @@ impl Cache {
 /// Only pods with a volume of this driver are kept: no call comes for the others.
 fn wanted(pod: &Described) -> bool {
     match &pod.facts {
-        Ok(facts) => facts.volumes.iter().any(|volume| volume.csi.as_ref().is_some_and(|csi| csi.driver == DRIVER)),
+        Ok(facts) => facts.volumes.iter().any(|volume| volume.csi().is_some_and(|csi| csi.driver == DRIVER)),
         Err(_) => true,
     }
 }
@@ -351,6 +351,34 @@ fn init_kind(restart_policy: Option<&str>) -> Kind {
     if restart_policy == Some("Always") { Kind::Sidecar } else { Kind::Init }
 }
 
+/// A capability as the runtime takes it: upper case, without `CAP_` (containerd, pkg/cri/opts; cri-o, specs).
+fn capability(name: &str) -> String {
+    let name = name.to_ascii_uppercase();
+    name.strip_prefix("CAP_").unwrap_or(&name).to_owned()
+}
+
+/// Whether a seccomp or AppArmor profile's type is `Unconfined`; `None` if there is no profile.
+fn unconfined(kind: Option<&str>) -> Option<bool> {
+    written(kind).map(|kind| kind == "Unconfined")
+}
+
+/// Where a variable's Secret stands in a container.
+fn env_field(index: usize) -> String {
+    format!(".env[{index}].valueFrom.secretKeyRef")
+}
+
+/// Where a Secret stands in a container whose keys all become variables.
+fn env_from_field(index: usize) -> String {
+    format!(".envFrom[{index}].secretRef")
+}
+
+/// Whether a resource is served by a device plugin or the like: its name has a domain that is not Kubernetes' own
+/// (kubernetes, core/v1 helper `IsExtendedResourceName`).
+fn is_extended_resource(name: &str) -> bool {
+    name.split_once('/').is_some_and(|(domain, _)| domain != "kubernetes.io" && !domain.ends_with(".kubernetes.io"))
+        && !name.starts_with("requests.")
+}
+
 fn sorted(map: impl IntoIterator<Item = (String, String)>) -> Vec<(String, String)> {
     let sorted: BTreeMap<_, _> = map.into_iter().filter(|(key, _)| key != LAST_APPLIED).collect();
     sorted.into_iter().collect()
@@ -374,7 +402,7 @@ fn described(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::policy::facts::{Container, Csi, Mount, Volume};
+    use crate::policy::facts::{Container, Csi, EnvSecret, Mount, Profiles, Projection, Source, Volume};
     use crate::request::attributes_digest;
 
     const YAML: &str = include_str!("../e2e/lab/recorded/pod.yaml");
@@ -397,13 +425,24 @@ mod tests {
             path: text(path),
             sub_path: sub_path.map(text),
         };
+        let volume = |name: &str, source| Volume { name: text(name), source };
         let container = |name: &str, kind, index, image: &str, uid| Container {
             name: text(name),
             kind,
             index,
             image: format!("registry.example/{image}"),
             run_as_user: uid,
+            privileged: false,
+            added: Vec::new(),
+            drops_all: false,
+            escalation: None,
+            unmasked_proc: false,
+            profiles: Profiles::default(),
+            target: None,
+            env: Vec::new(),
             mounts: Vec::new(),
+            devices: Vec::new(),
+            extended_resources: Vec::new(),
             id: None,
             running_uid: None,
         };
@@ -413,8 +452,16 @@ mod tests {
             labels: vec![(text("app"), text("payments")), (text("version"), text("2"))],
             annotations: vec![(text("sidecar.istio.io/status"), text("{\"containers\":[\"istio-proxy\"]}"))],
             host_pid: true,
+            host_ipc: true,
+            host_network: true,
             share_process_namespace: true,
+            automount_token: Some(false),
             run_as_user: Some(2000),
+            profiles: Profiles {
+                seccomp_unconfined: Some(false),
+                apparmor_unconfined: Some(true),
+                selinux_type: Some(text("container_t")),
+            },
             runtime_class: Some(text("gvisor")),
             containers: vec![
                 Container {
@@ -424,12 +471,28 @@ mod tests {
                         mount("db", "/etc/mine", Some("$(POD)")),
                         mount("scratch", "/work", None),
                     ],
+                    drops_all: true,
+                    devices: vec![text("disk")],
                     id: Some("2".repeat(64)),
                     running_uid: Some(1000),
                     ..container("app", Kind::Regular, 0, "payments:1", Some(1000))
                 },
                 container("logs", Kind::Regular, 1, "logs:1", None),
                 Container {
+                    privileged: true,
+                    added: vec![text("NET_ADMIN"), text("SYS_PTRACE")],
+                    escalation: Some(true),
+                    unmasked_proc: true,
+                    profiles: Profiles {
+                        seccomp_unconfined: Some(true),
+                        apparmor_unconfined: Some(false),
+                        selinux_type: Some(text("spc_t")),
+                    },
+                    env: vec![
+                        EnvSecret { field: text(".env[1].valueFrom.secretKeyRef"), secret: text("db") },
+                        EnvSecret { field: text(".envFrom[1].secretRef"), secret: text("db-all") },
+                    ],
+                    extended_resources: vec![text("vendor.example/gpu")],
                     id: Some("1".repeat(64)),
                     running_uid: Some(1337),
                     ..container("istio-proxy", Kind::Sidecar, 0, "proxyv2:1.27", Some(1337))
@@ -440,34 +503,46 @@ mod tests {
                 },
                 Container {
                     mounts: vec![mount("db", "/mnt", None)],
+                    target: Some(text("app")),
                     id: Some(text("3333")),
                     running_uid: Some(0),
                     ..container("debug", Kind::Ephemeral, 0, "busybox:1", Some(0))
                 },
             ],
             volumes: vec![
-                Volume {
-                    name: text("db"),
-                    csi: Some(Csi {
+                volume(
+                    "db",
+                    Source::Csi(Csi {
                         driver: text(DRIVER),
                         read_only: true,
                         fs_type: Some(text("ext4")),
                         secret: Some(text("db")),
                         attributes: attributes_digest([("vault", "prod"), ("files", "a: secret/data/db#a")]),
                     }),
-                },
-                Volume {
-                    name: text("other"),
-                    csi: Some(Csi {
+                ),
+                volume(
+                    "other",
+                    Source::Csi(Csi {
                         driver: text("csi.example.io"),
                         read_only: false,
                         fs_type: None,
                         secret: None,
                         attributes: attributes_digest([]),
                     }),
-                },
-                Volume { name: text("scratch"), csi: None },
-                Volume { name: text("token"), csi: None },
+                ),
+                volume("scratch", Source::EmptyDir),
+                volume(
+                    "token",
+                    Source::Projected(vec![
+                        (1, Projection::Token(text("vault"))),
+                        (2, Projection::Secret(text("db"))),
+                        (3, Projection::Token(String::new())),
+                    ]),
+                ),
+                volume("host", Source::HostPath(text("/var/log"))),
+                volume("native", Source::Secret(text("db"))),
+                volume("disk", Source::Claim(text("data"))),
+                volume("settings", Source::Other),
             ],
         }
     }

@@ -171,7 +171,7 @@ impl<'a> Case<'a> {
 
     /// The volume's source in the pod, if it is one of this kind.
     fn csi(&self) -> Option<&'a Csi> {
-        self.facts.volumes.iter().find(|v| v.name == self.volume.name.as_str())?.csi.as_ref()
+        self.facts.volumes.iter().find(|v| v.name == self.volume.name.as_str())?.csi()
     }
 
     /// A field of the volume, as a path into the pod.

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use futures_util::TryStreamExt;
 use k8s_openapi::api::core::v1::{
-    Container as ApiContainer, ContainerStatus, EphemeralContainer, Pod, PodSpec, Volume as ApiVolume, VolumeMount,
+    Container as ApiContainer, ContainerStatus, EnvFromSource, EnvVar, EphemeralContainer, Pod, PodSecurityContext,
+    PodSpec, ResourceRequirements, SecurityContext, Volume as ApiVolume, VolumeDevice, VolumeMount,
 };
 pub use kube::Client;
 use kube::Config;
@@ -19,10 +20,10 @@ use tokio::time::timeout;
 use tracing::{debug, info, warn};
 
 use super::{
-    Backoff, Cache, Described, PodsError, State, Task, container_id, described, init_kind, sorted, uid, with_causes,
-    written,
+    Backoff, Cache, Described, PodsError, State, Task, capability, container_id, described, env_field, env_from_field,
+    init_kind, is_extended_resource, sorted, uid, unconfined, with_causes, written,
 };
-use crate::policy::facts::{Container, Csi, Kind, Mount, PodFacts, Volume};
+use crate::policy::facts::{Container, Csi, EnvSecret, Kind, Mount, PodFacts, Profiles, Projection, Source, Volume};
 use crate::request::{PodRef, attributes_digest};
 
 /// Why there is no client for the API server.
@@ -232,6 +233,8 @@ pub(super) fn describe(pod: &Pod) -> Described {
     described(&namespace, &name, &uid, |uid| {
         let nothing = PodSpec::default();
         let spec = pod.spec.as_ref().unwrap_or(&nothing);
+        let nothing = PodSecurityContext::default();
+        let context = spec.security_context.as_ref().unwrap_or(&nothing);
         Ok(PodFacts {
             pod: PodRef {
                 namespace: namespace.clone(),
@@ -243,11 +246,18 @@ pub(super) fn describe(pod: &Pod) -> Described {
             labels: sorted(metadata.labels.clone().unwrap_or_default()),
             annotations: sorted(metadata.annotations.clone().unwrap_or_default()),
             host_pid: spec.host_pid.unwrap_or(false),
+            host_ipc: spec.host_ipc.unwrap_or(false),
+            host_network: spec.host_network.unwrap_or(false),
             share_process_namespace: spec.share_process_namespace.unwrap_or(false),
-            run_as_user: super::uid(
-                spec.security_context.as_ref().and_then(|context| context.run_as_user),
-                "spec.securityContext.runAsUser",
-            )?,
+            automount_token: spec.automount_service_account_token,
+            run_as_user: super::uid(context.run_as_user, "spec.securityContext.runAsUser")?,
+            profiles: Profiles {
+                seccomp_unconfined: unconfined(context.seccomp_profile.as_ref().map(|profile| profile.type_.as_str())),
+                apparmor_unconfined: unconfined(
+                    context.app_armor_profile.as_ref().map(|profile| profile.type_.as_str()),
+                ),
+                selinux_type: context.se_linux_options.as_ref().and_then(|options| written(options.type_.as_deref())),
+            },
             runtime_class: written(spec.runtime_class_name.as_deref()),
             containers: containers(pod, spec)?,
             volumes: spec.volumes.iter().flatten().map(volume).collect(),
@@ -267,13 +277,40 @@ fn containers(pod: &Pod, spec: &PodSpec) -> Result<Vec<Container>, String> {
     let mut add = |list: &str, index: usize, kind: Kind, container: Spec<'_>| -> Result<(), String> {
         let status = running.get(container.name);
         let user = status.and_then(|status| status.user.as_ref()).and_then(|user| user.linux.as_ref());
+        let nothing = SecurityContext::default();
+        let context = container.context.unwrap_or(&nothing);
+        let capabilities = context.capabilities.as_ref();
+        let added = capabilities.and_then(|capabilities| capabilities.add.as_deref()).unwrap_or_default();
+        let dropped = capabilities.and_then(|capabilities| capabilities.drop.as_deref()).unwrap_or_default();
+        let limits = container.resources.and_then(|resources| resources.limits.as_ref());
         all.push(Container {
             name: container.name.to_owned(),
             kind,
             index,
             image: container.image.unwrap_or_default().to_owned(),
-            run_as_user: uid(container.run_as_user, &format!("spec.{list}[{index}].securityContext.runAsUser"))?,
+            run_as_user: uid(context.run_as_user, &format!("spec.{list}[{index}].securityContext.runAsUser"))?,
+            privileged: context.privileged.unwrap_or(false),
+            added: added.iter().map(|name| capability(name)).collect(),
+            drops_all: dropped.iter().any(|name| capability(name) == "ALL"),
+            escalation: context.allow_privilege_escalation,
+            unmasked_proc: context.proc_mount.as_deref() == Some("Unmasked"),
+            profiles: Profiles {
+                seccomp_unconfined: unconfined(context.seccomp_profile.as_ref().map(|profile| profile.type_.as_str())),
+                apparmor_unconfined: unconfined(
+                    context.app_armor_profile.as_ref().map(|profile| profile.type_.as_str()),
+                ),
+                selinux_type: context.se_linux_options.as_ref().and_then(|options| written(options.type_.as_deref())),
+            },
+            target: container.target.and_then(|target| written(Some(target))),
+            env: env(container.env, container.env_from),
             mounts: container.mounts.iter().map(mount).collect(),
+            devices: container.devices.iter().map(|device| device.name.clone()).collect(),
+            extended_resources: limits
+                .into_iter()
+                .flatten()
+                .map(|(name, _)| name.clone())
+                .filter(|name| is_extended_resource(name))
+                .collect(),
             id: container_id(status.and_then(|status| status.container_id.as_deref())),
             running_uid: uid(user.map(|user| user.uid), &format!("status of container {}: user", container.name))?,
         });
@@ -295,8 +332,13 @@ fn containers(pod: &Pod, spec: &PodSpec) -> Result<Vec<Container>, String> {
 struct Spec<'a> {
     name: &'a str,
     image: Option<&'a str>,
-    run_as_user: Option<i64>,
+    context: Option<&'a SecurityContext>,
+    resources: Option<&'a ResourceRequirements>,
+    env: &'a [EnvVar],
+    env_from: &'a [EnvFromSource],
     mounts: &'a [VolumeMount],
+    devices: &'a [VolumeDevice],
+    target: Option<&'a str>,
 }
 
 impl<'a> From<&'a ApiContainer> for Spec<'a> {
@@ -304,8 +346,13 @@ impl<'a> From<&'a ApiContainer> for Spec<'a> {
         Self {
             name: &container.name,
             image: container.image.as_deref(),
-            run_as_user: container.security_context.as_ref().and_then(|context| context.run_as_user),
+            context: container.security_context.as_ref(),
+            resources: container.resources.as_ref(),
+            env: container.env.as_deref().unwrap_or_default(),
+            env_from: container.env_from.as_deref().unwrap_or_default(),
             mounts: container.volume_mounts.as_deref().unwrap_or_default(),
+            devices: container.volume_devices.as_deref().unwrap_or_default(),
+            target: None,
         }
     }
 }
@@ -315,10 +362,26 @@ impl<'a> From<&'a EphemeralContainer> for Spec<'a> {
         Self {
             name: &container.name,
             image: container.image.as_deref(),
-            run_as_user: container.security_context.as_ref().and_then(|context| context.run_as_user),
+            context: container.security_context.as_ref(),
+            resources: container.resources.as_ref(),
+            env: container.env.as_deref().unwrap_or_default(),
+            env_from: container.env_from.as_deref().unwrap_or_default(),
             mounts: container.volume_mounts.as_deref().unwrap_or_default(),
+            devices: container.volume_devices.as_deref().unwrap_or_default(),
+            target: container.target_container_name.as_deref(),
         }
     }
+}
+
+fn env(env: &[EnvVar], from: &[EnvFromSource]) -> Vec<EnvSecret> {
+    let single = env.iter().enumerate().filter_map(|(index, variable)| {
+        let key = variable.value_from.as_ref()?.secret_key_ref.as_ref()?;
+        Some(EnvSecret { field: env_field(index), secret: key.name.clone() })
+    });
+    let whole = from.iter().enumerate().filter_map(|(index, source)| {
+        Some(EnvSecret { field: env_from_field(index), secret: source.secret_ref.as_ref()?.name.clone() })
+    });
+    single.chain(whole).collect()
 }
 
 fn mount(mount: &VolumeMount) -> Mount {
@@ -330,14 +393,37 @@ fn mount(mount: &VolumeMount) -> Mount {
 }
 
 fn volume(volume: &ApiVolume) -> Volume {
-    let csi = volume.csi.as_ref().map(|csi| Csi {
-        driver: csi.driver.clone(),
-        read_only: csi.read_only.unwrap_or(false),
-        fs_type: written(csi.fs_type.as_deref()),
-        secret: written(csi.node_publish_secret_ref.as_ref().map(|secret| secret.name.as_str())),
-        attributes: attributes_digest(
-            csi.volume_attributes.iter().flatten().map(|(key, value)| (key.as_str(), value.as_str())),
-        ),
-    });
-    Volume { name: volume.name.clone(), csi }
+    let source = if let Some(csi) = &volume.csi {
+        Source::Csi(Csi {
+            driver: csi.driver.clone(),
+            read_only: csi.read_only.unwrap_or(false),
+            fs_type: written(csi.fs_type.as_deref()),
+            secret: written(csi.node_publish_secret_ref.as_ref().map(|secret| secret.name.as_str())),
+            attributes: attributes_digest(
+                csi.volume_attributes.iter().flatten().map(|(key, value)| (key.as_str(), value.as_str())),
+            ),
+        })
+    } else if let Some(host) = &volume.host_path {
+        Source::HostPath(host.path.clone())
+    } else if let Some(secret) = &volume.secret {
+        Source::Secret(secret.secret_name.clone().unwrap_or_default())
+    } else if let Some(projected) = &volume.projected {
+        let sources = projected.sources.iter().flatten().enumerate();
+        Source::Projected(
+            sources
+                .filter_map(|(index, source)| {
+                    let token = || Some(source.service_account_token.as_ref()?.audience.clone().unwrap_or_default());
+                    let secret = source.secret.as_ref().map(|secret| Projection::Secret(secret.name.clone()));
+                    Some((index, secret.or_else(|| token().map(Projection::Token))?))
+                })
+                .collect(),
+        )
+    } else if volume.empty_dir.is_some() {
+        Source::EmptyDir
+    } else if let Some(claim) = &volume.persistent_volume_claim {
+        Source::Claim(claim.claim_name.clone())
+    } else {
+        Source::Other
+    };
+    Volume { name: volume.name.clone(), source }
 }

@@ -19,10 +19,10 @@ use tower::service_fn;
 use tracing::{debug, info, warn};
 
 use super::{
-    Backoff, Cache, Described, PodsError, State, Task, container_id, described, init_kind, sorted, uid, with_causes,
-    written,
+    Backoff, Cache, Described, PodsError, State, Task, capability, container_id, described, env_field, env_from_field,
+    init_kind, is_extended_resource, sorted, uid, unconfined, with_causes, written,
 };
-use crate::policy::facts::{Container, Csi, Kind, Mount, PodFacts, Volume};
+use crate::policy::facts::{Container, Csi, EnvSecret, Kind, Mount, PodFacts, Profiles, Projection, Source, Volume};
 use crate::request::{PodRef, attributes_digest};
 use proto::pods_client::PodsClient;
 
@@ -210,6 +210,8 @@ fn describe(pod: &proto::Pod) -> Described {
     described(&metadata.namespace, &metadata.name, &metadata.uid, |uid| {
         let nothing = proto::PodSpec::default();
         let spec = pod.spec.as_ref().unwrap_or(&nothing);
+        let nothing = proto::PodSecurityContext::default();
+        let context = spec.security_context.as_ref().unwrap_or(&nothing);
         Ok(PodFacts {
             pod: PodRef {
                 namespace: metadata.namespace.clone(),
@@ -221,11 +223,12 @@ fn describe(pod: &proto::Pod) -> Described {
             labels: sorted(metadata.labels.clone()),
             annotations: sorted(metadata.annotations.clone()),
             host_pid: spec.host_pid,
+            host_ipc: spec.host_ipc,
+            host_network: spec.host_network,
             share_process_namespace: spec.share_process_namespace.unwrap_or(false),
-            run_as_user: super::uid(
-                spec.security_context.as_ref().and_then(|context| context.run_as_user),
-                "spec.securityContext.runAsUser",
-            )?,
+            automount_token: spec.automount_service_account_token,
+            run_as_user: super::uid(context.run_as_user, "spec.securityContext.runAsUser")?,
+            profiles: profiles(&context.seccomp_profile, &context.app_armor_profile, &context.se_linux_options),
             runtime_class: written(spec.runtime_class_name.as_deref()),
             containers: containers(pod, spec)?,
             volumes: spec.volumes.iter().map(volume).collect(),
@@ -242,33 +245,51 @@ fn containers(pod: &proto::Pod, spec: &proto::PodSpec) -> Result<Vec<Container>,
         }
     }
     let mut all = Vec::new();
-    let mut add = |list: &str, index: usize, kind: Kind, container: &proto::Container| -> Result<(), String> {
+    let mut add = |list: &str, index: usize, kind: Kind, container: &proto::Container, target: Option<&str>| {
         let status = running.get(container.name.as_str());
         let user = status.and_then(|status| status.user.as_ref()).and_then(|user| user.linux.as_ref());
+        let nothing = proto::SecurityContext::default();
+        let context = container.security_context.as_ref().unwrap_or(&nothing);
+        let nothing = proto::Capabilities::default();
+        let capabilities = context.capabilities.as_ref().unwrap_or(&nothing);
+        let limits = container.resources.as_ref().map(|resources| &resources.limits);
         all.push(Container {
             name: container.name.clone(),
             kind,
             index,
             image: container.image.clone(),
-            run_as_user: uid(
-                container.security_context.as_ref().and_then(|context| context.run_as_user),
-                &format!("spec.{list}[{index}].securityContext.runAsUser"),
-            )?,
+            run_as_user: uid(context.run_as_user, &format!("spec.{list}[{index}].securityContext.runAsUser"))?,
+            privileged: context.privileged.unwrap_or(false),
+            added: capabilities.add.iter().map(|name| capability(name)).collect(),
+            drops_all: capabilities.drop.iter().any(|name| capability(name) == "ALL"),
+            escalation: context.allow_privilege_escalation,
+            unmasked_proc: context.proc_mount.as_deref() == Some("Unmasked"),
+            profiles: profiles(&context.seccomp_profile, &context.app_armor_profile, &context.se_linux_options),
+            target: written(target),
+            env: env(container),
             mounts: container.volume_mounts.iter().map(mount).collect(),
+            devices: container.volume_devices.iter().map(|device| device.name.clone()).collect(),
+            extended_resources: {
+                let mut names: Vec<_> = limits.into_iter().flatten().map(|(name, _)| name.clone()).collect();
+                names.retain(|name| is_extended_resource(name));
+                names.sort();
+                names
+            },
             id: container_id(status.map(|status| status.container_id.as_str())),
             running_uid: uid(user.map(|user| user.uid), &format!("status of container {}: user", container.name))?,
         });
-        Ok(())
+        Ok::<_, String>(())
     };
     for (index, container) in spec.containers.iter().enumerate() {
-        add("containers", index, Kind::Regular, container)?;
+        add("containers", index, Kind::Regular, container, None)?;
     }
     for (index, container) in spec.init_containers.iter().enumerate() {
-        add("initContainers", index, init_kind(container.restart_policy.as_deref()), container)?;
+        add("initContainers", index, init_kind(container.restart_policy.as_deref()), container, None)?;
     }
     for (index, container) in spec.ephemeral_containers.iter().enumerate() {
         let nothing = proto::Container::default();
-        add("ephemeralContainers", index, Kind::Ephemeral, container.common.as_ref().unwrap_or(&nothing))?;
+        let common = container.common.as_ref().unwrap_or(&nothing);
+        add("ephemeralContainers", index, Kind::Ephemeral, common, Some(&container.target_container_name))?;
     }
     Ok(all)
 }
@@ -281,13 +302,68 @@ fn mount(mount: &proto::VolumeMount) -> Mount {
     }
 }
 
-fn volume(volume: &proto::Volume) -> Volume {
-    let csi = volume.source.as_ref().and_then(|source| source.csi.as_ref()).map(|csi| Csi {
-        driver: csi.driver.clone(),
-        read_only: csi.read_only.unwrap_or(false),
-        fs_type: written(csi.fs_type.as_deref()),
-        secret: written(csi.node_publish_secret_ref.as_ref().map(|secret| secret.name.as_str())),
-        attributes: attributes_digest(csi.volume_attributes.iter().map(|(key, value)| (key.as_str(), value.as_str()))),
+/// The profiles of a security context, a pod's or a container's.
+fn profiles(
+    seccomp: &Option<proto::Profile>,
+    apparmor: &Option<proto::Profile>,
+    selinux: &Option<proto::SeLinuxOptions>,
+) -> Profiles {
+    Profiles {
+        seccomp_unconfined: unconfined(seccomp.as_ref().map(|profile| profile.r#type.as_str())),
+        apparmor_unconfined: unconfined(apparmor.as_ref().map(|profile| profile.r#type.as_str())),
+        selinux_type: selinux.as_ref().and_then(|options| written(Some(&options.r#type))),
+    }
+}
+
+fn env(container: &proto::Container) -> Vec<EnvSecret> {
+    let single = container.env.iter().enumerate().filter_map(|(index, variable)| {
+        let key = variable.value_from.as_ref()?.secret_key_ref.as_ref()?;
+        Some(EnvSecret { field: env_field(index), secret: name(&key.reference) })
     });
-    Volume { name: volume.name.clone(), csi }
+    let whole = container.env_from.iter().enumerate().filter_map(|(index, source)| {
+        Some(EnvSecret { field: env_from_field(index), secret: name(&source.secret_ref.as_ref()?.reference) })
+    });
+    single.chain(whole).collect()
+}
+
+fn name(reference: &Option<proto::LocalObjectReference>) -> String {
+    reference.as_ref().map(|reference| reference.name.clone()).unwrap_or_default()
+}
+
+fn volume(volume: &proto::Volume) -> Volume {
+    let nothing = proto::VolumeSource::default();
+    let source = volume.source.as_ref().unwrap_or(&nothing);
+    let source = if let Some(csi) = &source.csi {
+        Source::Csi(Csi {
+            driver: csi.driver.clone(),
+            read_only: csi.read_only.unwrap_or(false),
+            fs_type: written(csi.fs_type.as_deref()),
+            secret: written(csi.node_publish_secret_ref.as_ref().map(|secret| secret.name.as_str())),
+            attributes: attributes_digest(
+                csi.volume_attributes.iter().map(|(key, value)| (key.as_str(), value.as_str())),
+            ),
+        })
+    } else if let Some(host) = &source.host_path {
+        Source::HostPath(host.path.clone())
+    } else if let Some(secret) = &source.secret {
+        Source::Secret(secret.secret_name.clone())
+    } else if let Some(projected) = &source.projected {
+        let sources = projected.sources.iter().enumerate();
+        Source::Projected(
+            sources
+                .filter_map(|(index, source)| {
+                    let token = || Some(source.service_account_token.as_ref()?.audience.clone());
+                    let secret = source.secret.as_ref().map(|secret| Projection::Secret(name(&secret.reference)));
+                    Some((index, secret.or_else(|| token().map(Projection::Token))?))
+                })
+                .collect(),
+        )
+    } else if source.empty_dir.is_some() {
+        Source::EmptyDir
+    } else if let Some(claim) = &source.persistent_volume_claim {
+        Source::Claim(claim.claim_name.clone())
+    } else {
+        Source::Other
+    };
+    Volume { name: volume.name.clone(), source }
 }

@@ -15,15 +15,23 @@ pub struct PodFacts {
     pub annotations: Vec<(String, String)>,
     /// `spec.hostPID`.
     pub host_pid: bool,
+    /// `spec.hostIPC`.
+    pub host_ipc: bool,
+    /// `spec.hostNetwork`.
+    pub host_network: bool,
     /// `spec.shareProcessNamespace`.
     pub share_process_namespace: bool,
+    /// `spec.automountServiceAccountToken`.
+    pub automount_token: Option<bool>,
     /// `spec.securityContext.runAsUser`. A negative value never parses into facts.
     pub run_as_user: Option<u32>,
+    /// The profiles of `spec.securityContext`.
+    pub profiles: Profiles,
     /// `spec.runtimeClassName`.
     pub runtime_class: Option<String>,
     /// Regular, init and ephemeral containers.
     pub containers: Vec<Container>,
-    /// The CSI volumes; others only by name.
+    /// `spec.volumes`.
     pub volumes: Vec<Volume>,
 }
 
@@ -40,6 +48,17 @@ pub enum Kind {
     Ephemeral,
 }
 
+/// What a security context says of the kernel's profiles; a container's wins over its pod's, field by field.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Profiles {
+    /// Whether `seccompProfile.type` is `Unconfined`.
+    pub seccomp_unconfined: Option<bool>,
+    /// Whether `appArmorProfile.type` is `Unconfined`.
+    pub apparmor_unconfined: Option<bool>,
+    /// `seLinuxOptions.type`.
+    pub selinux_type: Option<String>,
+}
+
 /// One container.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Container {
@@ -53,12 +72,41 @@ pub struct Container {
     pub image: String,
     /// `securityContext.runAsUser`.
     pub run_as_user: Option<u32>,
+    /// `securityContext.privileged`.
+    pub privileged: bool,
+    /// `securityContext.capabilities.add` in its order, as the runtime takes them: upper case, without `CAP_`.
+    pub added: Vec<String>,
+    /// Whether `securityContext.capabilities.drop` holds `ALL`.
+    pub drops_all: bool,
+    /// `securityContext.allowPrivilegeEscalation`.
+    pub escalation: Option<bool>,
+    /// Whether `securityContext.procMount` is `Unmasked`.
+    pub unmasked_proc: bool,
+    /// The profiles of its own security context.
+    pub profiles: Profiles,
+    /// `targetContainerName` of an ephemeral container: whose processes it shares.
+    pub target: Option<String>,
+    /// The Secrets in `env` and `envFrom`.
+    pub env: Vec<EnvSecret>,
     /// `volumeMounts`.
     pub mounts: Vec<Mount>,
+    /// The volumes in `volumeDevices`.
+    pub devices: Vec<String>,
+    /// Extended resources in `resources.limits`, such as `vendor.example/gpu`: a device plugin hands in devices.
+    pub extended_resources: Vec<String>,
     /// `status.*Statuses[].containerID` without its scheme, once it runs.
     pub id: Option<String>,
     /// `status.*Statuses[].user.linux.uid`, once it runs (Kubernetes 1.31).
     pub running_uid: Option<u32>,
+}
+
+/// A Secret that a container gets in its environment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EnvSecret {
+    /// Where it stands in the container: `.env[2].valueFrom.secretKeyRef` or `.envFrom[0].secretRef`.
+    pub field: String,
+    /// The Secret's name.
+    pub secret: String,
 }
 
 /// One `volumeMounts` entry.
@@ -77,8 +125,46 @@ pub struct Mount {
 pub struct Volume {
     /// Name.
     pub name: String,
-    /// Its `csi` source, if it is one.
-    pub csi: Option<Csi>,
+    /// What it is.
+    pub source: Source,
+}
+
+impl Volume {
+    /// The inline CSI volume it is, if it is one.
+    pub fn csi(&self) -> Option<&Csi> {
+        match &self.source {
+            Source::Csi(csi) => Some(csi),
+            _ => None,
+        }
+    }
+}
+
+/// A volume's source, as far as rules look at it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// `csi`.
+    Csi(Csi),
+    /// `hostPath.path`.
+    HostPath(String),
+    /// `secret.secretName`.
+    Secret(String),
+    /// `projected.sources`, those that hold secrets, each with its index.
+    Projected(Vec<(usize, Projection)>),
+    /// `emptyDir`.
+    EmptyDir,
+    /// `persistentVolumeClaim.claimName`.
+    Claim(String),
+    /// Anything else.
+    Other,
+}
+
+/// One source of a projected volume.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Projection {
+    /// `secret.name`.
+    Secret(String),
+    /// `serviceAccountToken.audience`; empty for the API server's own.
+    Token(String),
 }
 
 /// An inline CSI volume source.

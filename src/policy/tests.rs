@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, SystemTime};
 
-use super::facts::{Mount, Volume};
+use super::facts::{EnvSecret, Mount, Profiles, Projection, Source, Volume};
 use super::*;
 use crate::request::{Code, PodUid, VolumeName, attributes_digest};
 
@@ -30,6 +30,16 @@ fn valid() -> Pod {
         index,
         image: format!("registry.example/{name}:1"),
         run_as_user: uid,
+        privileged: false,
+        added: Vec::new(),
+        drops_all: true,
+        escalation: Some(false),
+        unmasked_proc: false,
+        profiles: Profiles::default(),
+        target: None,
+        env: Vec::new(),
+        devices: Vec::new(),
+        extended_resources: Vec::new(),
         mounts: mounts.iter().map(|m| Mount { volume: (*m).into(), path: format!("/{m}"), sub_path: None }).collect(),
         id: None,
         running_uid: None,
@@ -58,8 +68,12 @@ fn valid() -> Pod {
             labels: Vec::new(),
             annotations: Vec::new(),
             host_pid: false,
+            host_ipc: false,
+            host_network: false,
             share_process_namespace: false,
+            automount_token: Some(false),
             run_as_user: None,
+            profiles: Profiles::default(),
             runtime_class: None,
             containers: vec![
                 container("app", Kind::Regular, 0, Some(1000), &["tmp", "db"]),
@@ -68,8 +82,8 @@ fn valid() -> Pod {
                 container("exporter", Kind::Regular, 1, Some(1002), &["tmp"]),
             ],
             volumes: vec![
-                Volume { name: "tmp".into(), csi: None },
-                Volume { name: "db".into(), csi: Some(csi(digest)) },
+                Volume { name: "tmp".into(), source: Source::EmptyDir },
+                Volume { name: "db".into(), source: Source::Csi(csi(digest)) },
             ],
         },
         rules: Rules::default(),
@@ -87,7 +101,10 @@ impl Pod {
     }
 
     fn csi(&mut self) -> &mut Csi {
-        self.facts.volumes[1].csi.as_mut().unwrap()
+        match &mut self.facts.volumes[1].source {
+            Source::Csi(csi) => csi,
+            other => panic!("{other:?}"),
+        }
     }
 
     fn mount(&mut self, container: &str) {
@@ -148,7 +165,7 @@ type Break = fn(&mut Pod);
 /// What breaks a valid pod, and exactly what is reported.
 const BROKEN: &[(Break, &[&str])] = &[
     (|p| p.volume.pod = PodUid::parse("other").unwrap(), &["SM101 metadata.uid"]),
-    (|p| p.facts.volumes[1].csi = None, &["SM101 spec.volumes[1]"]),
+    (|p| p.facts.volumes[1].source = Source::EmptyDir, &["SM101 spec.volumes[1]"]),
     (|p| p.csi().driver = "csi.other.io".into(), &["SM101 spec.volumes[1]"]),
     (|p| p.csi().attributes = attributes_digest([("for", "other")]), &["SM101 spec.volumes[1]"]),
     (|p| p.csi().read_only = false, &["SM102 spec.volumes[1].csi.readOnly"]),
