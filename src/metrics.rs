@@ -100,6 +100,7 @@ struct Series {
     registry: Registry,
     publishes: Family<ByOutcome, Counter>,
     refusals: Family<ByCode, Counter>,
+    waived: Family<ByCode, Counter>,
     fetches: Family<BySource, Histogram>,
     reloads: Family<ByResult, Counter>,
     events_dropped: Counter,
@@ -138,6 +139,7 @@ impl Metrics {
             registry: Registry::with_prefix("sealmount"),
             publishes,
             refusals: Family::default(),
+            waived: Family::default(),
             fetches: Family::new_with_constructor(|| Histogram::new(FETCH_BUCKETS)),
             reloads,
             events_dropped: Counter::default(),
@@ -150,6 +152,7 @@ impl Metrics {
         let to = &mut series.registry;
         to.register("publishes", "NodePublishVolume calls by outcome", series.publishes.clone());
         to.register("refusals", "Refusals by code; one call may be refused by several", series.refusals.clone());
+        to.register("waived_refusals", "Refusals that a waiver of the platform's file turned", series.waived.clone());
         to.register("fetch_seconds", "Time of one fetch of a volume's content", series.fetches.clone());
         to.register("config_reloads", "Reloads of the platform's file by result", series.reloads.clone());
         to.register("events_dropped", "Pod events that were not sent", series.events_dropped.clone());
@@ -172,6 +175,11 @@ impl Metrics {
     /// Counts a refusal.
     pub fn refusal(&self, code: Code) {
         self.0.refusals.get_or_create(&ByCode { code: code.0 }).inc();
+    }
+
+    /// Counts a refusal that a waiver turned into a warning.
+    pub fn waived(&self, code: Code) {
+        self.0.waived.get_or_create(&ByCode { code: code.0 }).inc();
     }
 
     /// Counts a fetch, successful or not. `source` is `kubernetes` or `vault`; `connection` is empty for `kubernetes`.
@@ -303,6 +311,7 @@ mod tests {
         let metrics = Metrics::new();
         metrics.publish(Outcome::Published);
         metrics.refusal(Code("SM101"));
+        metrics.waived(Code("SM123"));
         metrics.fetch("vault", "prod", Duration::from_millis(7));
         metrics.config_reload(true);
         metrics.event_dropped();
@@ -318,6 +327,7 @@ mod tests {
             "sealmount_publishes_total{outcome=\"published\"} 1",
             "sealmount_publishes_total{outcome=\"not_due\"} 0",
             "sealmount_refusals_total{code=\"SM101\"} 1",
+            "sealmount_waived_refusals_total{code=\"SM123\"} 1",
             "sealmount_fetch_seconds_bucket{le=\"0.005\",source=\"vault\",connection=\"prod\"} 0",
             "sealmount_fetch_seconds_bucket{le=\"0.01\",source=\"vault\",connection=\"prod\"} 1",
             "sealmount_config_reloads_total{result=\"ok\"} 1",

@@ -152,7 +152,7 @@ pub async fn run(options: Options, inherited: Inherited) -> Result<End, NodeErro
     let pods = Pods::start(&options.pods_from, &options.node_name, client.clone(), connect).await?;
     let events = Events::new(client, options.node_name.clone(), metrics.clone());
     let standing = broker.volumes().await?;
-    let first = load(options.config.as_deref(), &health, &metrics);
+    let first = load(&options, &health, &metrics);
     let publisher =
         Arc::new(Publisher::new(first, pods, Sources::default(), broker.clone(), events, metrics.clone(), standing));
 
@@ -194,6 +194,9 @@ pub async fn run(options: Options, inherited: Inherited) -> Result<End, NodeErro
     let mut look_for_stale = tokio::time::interval(LOOK_FOR_STALE);
     let mut seen = options.config.as_deref().map(fingerprint);
 
+    let guard = Arc::clone(&publisher);
+    tokio::spawn(async move { guard.guard().await });
+
     broker.ready().await?;
     tracing::info!(node = options.node_name, restarts, "serving");
     let end = loop {
@@ -203,12 +206,12 @@ pub async fn run(options: Options, inherited: Inherited) -> Result<End, NodeErro
             Some(_) = refusals.recv() => break Ok(End::RegistrationRefused),
             ended = &mut csi => break ended_early(ended),
             ended = &mut registration => break ended_early(ended),
-            _ = hangup.recv() => reload(options.config.as_deref(), &publisher, &health, &metrics),
+            _ = hangup.recv() => reload(&options, &publisher, &health, &metrics),
             _ = look_at_config.tick() => {
                 let now = options.config.as_deref().map(fingerprint);
                 if now != seen {
                     seen = now;
-                    reload(options.config.as_deref(), &publisher, &health, &metrics);
+                    reload(&options, &publisher, &health, &metrics);
                 }
             }
             _ = look_for_stale.tick() => publisher.report_stale(),
@@ -228,14 +231,18 @@ pub async fn run(options: Options, inherited: Inherited) -> Result<End, NodeErro
 
 /// The platform file at start. Without a valid one nothing new is published, but what stands is kept and unpublished:
 /// those need no file.
-fn load(path: Option<&Path>, health: &Health, metrics: &Metrics) -> Option<Config> {
-    let Some(path) = path else { return Some(Config::default()) };
+fn load(options: &Options, health: &Health, metrics: &Metrics) -> Option<Config> {
+    let of_node = |mut config: Config| {
+        config.policy.kubelet_dir = options.kubelet_dir.display().to_string();
+        config
+    };
+    let Some(path) = &options.config else { return Some(of_node(Config::default())) };
     match config::load(path) {
         Ok(config) => {
             log::set_level(config.log_level);
             metrics.config_reload(true);
             health.set_config_fault(String::new());
-            Some(config)
+            Some(of_node(config))
         }
         Err(faults) => {
             metrics.config_reload(false);
@@ -267,9 +274,11 @@ fn fingerprint(config: &Path) -> Vec<(PathBuf, u64, i64, i64, u64)> {
 }
 
 /// A bad new file keeps the old one, and says so.
-fn reload(path: Option<&Path>, publisher: &Publisher, health: &Health, metrics: &Metrics) {
-    let Some(path) = path else { return };
-    match load(Some(path), health, metrics) {
+fn reload(options: &Options, publisher: &Publisher, health: &Health, metrics: &Metrics) {
+    if options.config.is_none() {
+        return;
+    }
+    match load(options, health, metrics) {
         Some(config) => {
             tracing::info!(connections = config.connections.len(), "the platform file was read again");
             publisher.reload(config);

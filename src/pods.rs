@@ -148,6 +148,32 @@ impl Pods {
         Ok(Self { node: node.to_owned(), source })
     }
 
+    /// Waits until some pod of this node is another than it was at `seen`, and sets `seen`. Manifests do not change.
+    pub async fn changed(&self, seen: &mut u64) {
+        let changes = match &self.source {
+            Source::Api(api) => api.changes(),
+            Source::Kubelet(kubelet) => kubelet.changes(),
+            Source::Manifest(_) => return std::future::pending().await,
+        };
+        let mut changes = changes.subscribe();
+        let now = changes.wait_for(|now| now != seen).await.map(|now| *now);
+        match now {
+            Ok(now) => *seen = now,
+            // The source ended, and the worker with it.
+            Err(_) => std::future::pending().await,
+        }
+    }
+
+    /// The facts of `pod` as the watch has them; `None` if it has none that are current. Asks nobody.
+    pub async fn known(&self, pod: &PodRef) -> Option<Arc<PodFacts>> {
+        let found = match &self.source {
+            Source::Api(api) => api.known(pod).await,
+            Source::Kubelet(kubelet) => kubelet.known(pod).await,
+            Source::Manifest(_) => None,
+        };
+        found?.facts.ok().filter(|facts| facts.pod.uid == pod.uid)
+    }
+
     /// The facts of `pod`, from the cache if a watch holds it. They are of this UID, of this node, and of the service
     /// account the call names.
     pub async fn get(&self, pod: &PodRef) -> Result<Arc<PodFacts>, PodsError> {
@@ -210,6 +236,8 @@ impl Described {
 struct Cache {
     known: Mutex<HashMap<(String, String), Described>>,
     state: watch::Sender<State>,
+    /// Counts the changes of what is kept.
+    changes: watch::Sender<u64>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -228,7 +256,11 @@ const FIRST_LIST: Duration = Duration::from_secs(5);
 
 impl Cache {
     fn new() -> Arc<Self> {
-        Arc::new(Self { known: Mutex::default(), state: watch::Sender::new(State::Starting) })
+        Arc::new(Self {
+            known: Mutex::default(),
+            state: watch::Sender::new(State::Starting),
+            changes: watch::Sender::new(0),
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<(String, String), Described>> {
@@ -244,12 +276,18 @@ impl Cache {
         let pods = pods.into_iter().filter(wanted).map(|pod| ((pod.namespace.clone(), pod.name.clone()), pod));
         *self.lock() = pods.collect();
         self.set(State::Live);
+        self.count();
+    }
+
+    fn count(&self) {
+        self.changes.send_modify(|count| *count = count.wrapping_add(1));
     }
 
     fn put(&self, pod: Described) {
         let key = (pod.namespace.clone(), pod.name.clone());
         if wanted(&pod) {
             self.lock().insert(key, pod);
+            self.count();
         } else {
             self.lock().remove(&key);
         }

@@ -1,13 +1,19 @@
 //! Who may read: a pure function over the facts of a pod. No Kubernetes client, no async, no I/O.
 
+mod doors;
 pub mod facts;
+mod neighbours;
+mod readers;
 pub mod rules;
+mod sidecars;
 
+use std::fmt;
 use std::time::SystemTime;
 
 use crate::request::{Claim, Fault, Owner, PodRef, VolumeId};
-use facts::{Container, Csi, Kind, PodFacts};
+use facts::{Container, Csi, Kind, PodFacts, Source};
 pub use rules::{Namespaces, RULES, Rule, Rules, Severity, Waiver};
+pub use sidecars::product;
 
 /// Proof that [`judge`] allowed this volume: only it can make one, and `source` and `broker` calls demand it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,12 +50,25 @@ impl Grant {
 }
 
 /// A rule's finding that does not refuse.
-pub type Warning = Fault;
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Warning {
+    /// What was found. The text of a waived refusal begins with "waived".
+    pub fault: Fault,
+    /// Whether it refuses but for a waiver of the platform team's.
+    pub waived: bool,
+}
+
+impl fmt::Display for Warning {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.fault.fmt(f)
+    }
+}
+
 /// A rule's finding that refuses.
 pub type Refusal = Fault;
 
 /// Decides who may read `volume` of the pod described by `facts`. `now` decides which waivers still hold. A waived
-/// refusal comes back among the warnings, its text beginning with "waived". On `Err` the list is never empty.
+/// refusal comes back among the warnings. On `Err` the list is never empty.
 pub fn judge(
     volume: &VolumeId,
     claim: &Claim,
@@ -65,10 +84,11 @@ pub fn judge(
         for finding in findings {
             let text = format!("{}; {}", finding.text, rule.change);
             let fault = Fault { code: rule.code, field: finding.field.clone(), text };
-            if !rules.refuses(rule) {
-                warnings.push(fault);
+            if !rules.refuses(rule, facts) {
+                warnings.push(Warning { fault, waived: false });
             } else if let Some(waiver) = rules.waiver(rule, facts, &finding, now) {
-                warnings.push(Fault { text: format!("waived ({}): {}", waiver.reason, fault.text), ..fault });
+                let text = format!("waived ({}): {}", waiver.reason, fault.text);
+                warnings.push(Warning { fault: Fault { text, ..fault }, waived: true });
             } else {
                 refusals.push(fault);
             }
@@ -149,6 +169,11 @@ impl<'a> Case<'a> {
         container.run_as_user.or(self.facts.run_as_user)
     }
 
+    /// The UID a neighbour runs with, as far as that is known: what the pod says, else what its status does.
+    fn neighbour_uid(&self, container: &Container) -> Option<u32> {
+        self.uid(container).or(container.running_uid)
+    }
+
     /// The owner: the `uid` written, else the one UID that all readers start with.
     fn owner(&self) -> Option<u32> {
         let readers = self.readers.as_ref()?;
@@ -172,6 +197,12 @@ impl<'a> Case<'a> {
     /// The volume's source in the pod, if it is one of this kind.
     fn csi(&self) -> Option<&'a Csi> {
         self.facts.volumes.iter().find(|v| v.name == self.volume.name.as_str())?.csi()
+    }
+
+    /// Another volume of the pod, with its index.
+    fn source(&self, name: &str) -> Option<(usize, &'a Source)> {
+        let mut volumes = self.facts.volumes.iter().enumerate();
+        volumes.find(|(_, volume)| volume.name == name).map(|(index, volume)| (index, &volume.source))
     }
 
     /// A field of the volume, as a path into the pod.

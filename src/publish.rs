@@ -3,9 +3,10 @@
 //! One lock a volume; nothing here waits for another volume. A first publish is refused or fails whole; once a
 //! volume stands, nothing but an unpublish takes its content away (the promise P2 and P3).
 
+mod guard;
 mod volume;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
@@ -190,9 +191,8 @@ impl Publisher {
         let (grant, warnings) =
             policy::judge(&publish.volume, &publish.claim, &facts, &config.policy, SystemTime::now())
                 .map_err(|refusals| self.refused(&publish.pod, refusals))?;
-        for warning in &warnings {
-            self.events.warning(&publish.pod, "SealmountWarning", warning.to_string());
-        }
+        let mut warned = BTreeSet::new();
+        self.warn(&publish.volume, &publish.pod, warnings, &mut warned);
         let interval = interval(publish, &config).map_err(|fault| self.refused(&publish.pod, vec![fault]))?;
         let payload = self.fetch(slot, &grant, publish, &config, FETCH_FOR).await?;
         let key = Client::new_key()?;
@@ -215,6 +215,8 @@ impl Publisher {
             pace: Pace::new(interval, Instant::now(), jitter(&key)),
             failing: None,
             refused: None,
+            claim: Some(publish.claim.clone()),
+            warned,
             stale: false,
             bytes: bytes(&payload),
             generation: 1,
@@ -303,8 +305,7 @@ impl Publisher {
         true
     }
 
-    /// Looks at a standing volume's pod again: what the rules, or the platform's file by `fault`, say now is reported
-    /// once, and changes nothing.
+    /// Looks at a standing volume's pod again at a publish.
     async fn judge_again(
         &self,
         slot: &Slot,
@@ -313,39 +314,10 @@ impl Publisher {
         config: &Config,
         fault: Option<&Fault>,
     ) {
+        volume.claim = Some(publish.claim.clone());
         // Facts away are no reason to say anything about a volume that stands.
         let Ok(facts) = self.facts(slot, publish).await else { return };
-        let found = match policy::judge(&publish.volume, &publish.claim, &facts, &config.policy, SystemTime::now()) {
-            Ok((grant, _)) if grant.owner() == volume.owner => {
-                volume.grant = Some(grant);
-                fault.map(|fault| {
-                    self.metrics.refusal(fault.code);
-                    summary(std::slice::from_ref(fault))
-                })
-            }
-            Ok((grant, _)) => Some(format!(
-                "the owner would be UID {} now, but the volume stands with {}: delete the pod to change it",
-                grant.owner().uid,
-                volume.owner.uid
-            )),
-            Err(refusals) => {
-                for refusal in &refusals {
-                    self.metrics.refusal(refusal.code);
-                }
-                Some(summary(&refusals))
-            }
-        };
-        if found != volume.refused {
-            if let Some(text) = &found {
-                tracing::warn!(pod = %volume.pod, volume = %publish.volume, "would be refused now, and is kept: {text}");
-                self.events.warning(
-                    &volume.pod,
-                    "SealmountRefused",
-                    format!("volume {} would be refused now, and is kept: {text}", publish.volume.name),
-                );
-            }
-            volume.refused = found;
-        }
+        self.judge_standing(&publish.volume, volume, &facts, config, fault);
     }
 
     /// Fetches a standing volume's content and swaps it in if it changed.

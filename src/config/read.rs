@@ -268,7 +268,8 @@ impl<'a> Reader<'a> {
             files: self.plain(&limits, "files", number(1..=Limits::MAX_FILES)).unwrap_or(defaults.limits.files),
         };
         let stale_after = self.plain(&map, "stale_after", interval(1..=DAY)).unwrap_or(defaults.stale_after);
-        let policy = self.policy(&map);
+        let mut policy = self.policy(&map);
+        policy.audiences = connections.values().map(|connection| connection.auth.audience.clone()).collect();
 
         let debug = self.below(&map, "debug_containers", "debug_containers");
         let namespaces = self.list(&debug, "allow_namespaces", name_or_any);
@@ -474,19 +475,21 @@ impl<'a> Reader<'a> {
                 Severity::Refuse => Err("is refused already".into()),
             }
         });
+        let mut runtime_classes = Vec::new();
         if let Some((_, node)) = map.get("runtime_classes") {
             let classes = self.names(node, map.field("runtime_classes"));
             for (name, node) in classes.entries {
                 let class = self.section(node, classes.field(&shown(&name.text)), "policy.runtime_classes.*");
-                self.required(&class, "gate", one_of(&[("enforce", ()), ("pod", ()), ("off", ())]));
+                let gate = self.plain(&class, "gate", one_of(&[("enforce", true), ("pod", true), ("off", false)]));
+                self.later(&class, "gate", gate == Some(true));
+                runtime_classes.push(name.text.clone());
             }
-            self.later(&map, "runtime_classes", !classes.entries.is_empty());
         }
         let namespaces = self.below(&map, "namespaces", "policy.namespaces");
         let namespaces = Namespaces {
             allow: match namespaces.has("allow") {
                 true => self.list(&namespaces, "allow", name_or_any),
-                false => defaults.namespaces.allow,
+                false => defaults.namespaces.allow.clone(),
             },
             deny: self.list(&namespaces, "deny", name_or_any),
         };
@@ -494,8 +497,8 @@ impl<'a> Reader<'a> {
         for (index, node) in self.items(&map, "waivers").iter().enumerate() {
             waivers.extend(self.waiver(node, format!("{}[{index}]", map.field("waivers"))));
         }
-        let mesh_uids = if map.has("mesh_uids") { mesh_uids } else { defaults.mesh_uids };
-        Rules { mesh_uids, distinct_uids, refuse, namespaces, waivers }
+        let mesh_uids = if map.has("mesh_uids") { mesh_uids } else { defaults.mesh_uids.clone() };
+        Rules { mesh_uids, distinct_uids, refuse, runtime_classes, namespaces, waivers, ..defaults }
     }
 
     /// `None` only if a fault was added.

@@ -300,7 +300,7 @@ fn what_a_later_version_brings_is_refused() {
         ("default: true", "labels: [team]", "connections.prod.labels"),
         ("default: true", "revoke_certificates: true", "connections.prod.revoke_certificates"),
         ("paths:", "methods: [write], paths:", "allow[0].methods[0]"),
-        ("mesh_uids: [1337]", "runtime_classes: {gvisor: {gate: pod}}", "policy.runtime_classes"),
+        ("mesh_uids: [1337]", "runtime_classes: {gvisor: {gate: pod}}", "policy.runtime_classes.gvisor.gate"),
         ("limits:", "debug_containers: {allow_namespaces: [x]}\nlimits:", "debug_containers.allow_namespaces"),
         ("limits:", "audit: {output: file}\nlimits:", "audit.output"),
         ("limits:", "audit: {file: a.log}\nlimits:", "audit.file"),
@@ -318,7 +318,8 @@ fn what_a_later_version_brings_is_refused() {
     );
     taken("paths:", "methods: [read], paths:");
     taken("mesh_uids: [1337]", "runtime_classes: {}");
-    assert_eq!(broken("mesh_uids: [1337]", "runtime_classes: {gvisor: {gate: x}}").len(), 2);
+    taken("mesh_uids: [1337]", "runtime_classes: {gvisor: {gate: off}, kata: {}}");
+    assert_eq!(broken("mesh_uids: [1337]", "runtime_classes: {gvisor: {gate: x}}").len(), 1);
     refused("limits:", "audit: {output: x}\nlimits:", "takes stdout, file");
     refused("paths:", "methods: [], paths:", "write [read]");
 }

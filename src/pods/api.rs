@@ -97,6 +97,14 @@ impl Api {
         Self { client, cache, _watch: watch }
     }
 
+    pub(super) fn changes(&self) -> &tokio::sync::watch::Sender<u64> {
+        &self.cache.changes
+    }
+
+    pub(super) async fn known(&self, pod: &PodRef) -> Option<Described> {
+        self.cache.find(pod).await
+    }
+
     pub(super) async fn find(&self, pod: &PodRef) -> Result<Arc<PodFacts>, PodsError> {
         if let Some(found) = self.cache.find(pod).await
             && found.uid == pod.uid.as_str()

@@ -98,6 +98,14 @@ impl Kubelet {
         Self { client, cache, _watch: watch }
     }
 
+    pub(super) fn changes(&self) -> &tokio::sync::watch::Sender<u64> {
+        &self.cache.changes
+    }
+
+    pub(super) async fn known(&self, pod: &PodRef) -> Option<Described> {
+        self.cache.find(pod).await
+    }
+
     pub(super) async fn find(&self, pod: &PodRef) -> Result<Arc<PodFacts>, PodsError> {
         let cached = self.cache.find(pod).await;
         if let Some(found) = &cached

@@ -4,9 +4,9 @@
 
 use std::time::SystemTime;
 
-use super::facts::{Container, Kind, PodFacts};
-use super::{Case, field};
-use crate::request::{Code, DRIVER, WORKER_UID, nearest, shown};
+use super::facts::{Container, PodFacts};
+use super::{Case, doors, neighbours, readers};
+use crate::request::Code;
 
 /// The pod does not hold the volume that the kubelet asks for.
 pub const OTHER_VOLUME: Code = Code("SM101");
@@ -18,6 +18,8 @@ pub const FS_TYPE: Code = Code("SM103");
 pub const OWNER_UNKNOWN: Code = Code("SM120");
 /// A neighbour runs with the owner's UID.
 pub const SAME_UID: Code = Code("SM150");
+/// A neighbour may run with the owner's UID.
+pub const IMAGE_UID: Code = Code("SM151");
 
 /// Whether a finding refuses or warns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,7 +72,7 @@ pub static RULES: &[Rule] = &[
         change: "delete this pod and create it again; if that does not help, look at what speaks to the driver's socket",
         source: "a call can carry attributes that the pod's author never wrote (kubernetes, csi_mounter.go mergeMap)",
         waivable: false,
-        check: other_volume,
+        check: readers::other_volume,
     },
     Rule {
         code: NOT_READ_ONLY,
@@ -80,7 +82,7 @@ pub static RULES: &[Rule] = &[
         change: "write readOnly: true",
         source: "only then does the kubelet leave owner, group and SELinux label alone (KEP-596)",
         waivable: false,
-        check: not_read_only,
+        check: readers::not_read_only,
     },
     Rule {
         code: FS_TYPE,
@@ -90,7 +92,7 @@ pub static RULES: &[Rule] = &[
         change: "leave fsType out",
         source: "with it the kubelet may give the files to fsGroup, a group of every container (kubernetes, fsGroupPolicy)",
         waivable: false,
-        check: fs_type,
+        check: readers::fs_type,
     },
     Rule {
         code: Code("SM110"),
@@ -100,7 +102,7 @@ pub static RULES: &[Rule] = &[
         change: "mount it in the container that should read it",
         source: "the reader decides the owner of the files",
         waivable: false,
-        check: nobody_mounts,
+        check: readers::nobody_mounts,
     },
     Rule {
         code: Code("SM111"),
@@ -110,7 +112,7 @@ pub static RULES: &[Rule] = &[
         change: "name the reader in for:, and take the mount out of the others",
         source: "the reader decides the owner of the files",
         waivable: false,
-        check: several_mount,
+        check: readers::several_mount,
     },
     Rule {
         code: Code("SM112"),
@@ -120,7 +122,7 @@ pub static RULES: &[Rule] = &[
         change: "name a container or init container of this pod",
         source: "the reader decides the owner of the files",
         waivable: false,
-        check: unknown_reader,
+        check: readers::unknown_reader,
     },
     Rule {
         code: Code("SM113"),
@@ -130,7 +132,7 @@ pub static RULES: &[Rule] = &[
         change: "name a container of the pod's own in for:",
         source: "whoever may debug a pod may add one at any time (kubernetes, pods/ephemeralcontainers)",
         waivable: false,
-        check: ephemeral_reader,
+        check: readers::ephemeral_reader,
     },
     Rule {
         code: Code("SM114"),
@@ -140,7 +142,7 @@ pub static RULES: &[Rule] = &[
         change: "mount it there, or take the name out of for:",
         source: "a reader without the mount reads nothing: one of the two is a mistake",
         waivable: false,
-        check: reader_without_mount,
+        check: readers::reader_without_mount,
     },
     Rule {
         code: OWNER_UNKNOWN,
@@ -150,7 +152,7 @@ pub static RULES: &[Rule] = &[
         change: "write runAsUser there, or uid: in the volumeAttributes if the image drops to another UID",
         source: "the files are mode 0400, so they must be the reader's; an image's USER is not in the pod",
         waivable: false,
-        check: owner_unknown,
+        check: readers::owner_unknown,
     },
     Rule {
         code: Code("SM121"),
@@ -160,7 +162,7 @@ pub static RULES: &[Rule] = &[
         change: "run it with a UID of its own; or, if root it must be, write uid: \"0\" in the volumeAttributes",
         source: "every container that runs as root is the same user to the kernel (user_namespaces(7))",
         waivable: false,
-        check: root_not_written_out,
+        check: readers::root_not_written_out,
     },
     Rule {
         code: Code("SM122"),
@@ -170,7 +172,7 @@ pub static RULES: &[Rule] = &[
         change: "give them one UID, or each a volume of its own",
         source: "a file has one owner, and no group bit is ever set",
         waivable: false,
-        check: owners_differ,
+        check: readers::owners_differ,
     },
     Rule {
         code: Code("SM123"),
@@ -180,7 +182,7 @@ pub static RULES: &[Rule] = &[
         change: "run the reader with a UID of its own",
         source: "a proxy's UID is exempt from the mesh's redirection and shared by every proxy (istio, 1337)",
         waivable: true,
-        check: mesh_uid,
+        check: readers::mesh_uid,
     },
     Rule {
         code: Code("SM124"),
@@ -190,7 +192,27 @@ pub static RULES: &[Rule] = &[
         change: "run the reader with a UID of its own",
         source: "the driver's worker must not be able to open what was published",
         waivable: false,
-        check: worker_uid,
+        check: readers::worker_uid,
+    },
+    Rule {
+        code: Code("SM125"),
+        severity: Severity::Warn,
+        field: "spec.volumes[].csi.volumeAttributes.uid",
+        text: "uid is not the one the reader starts with",
+        change: "leave uid: out, unless the image drops to that UID",
+        source: "the files are mode 0400: only the UID that owns them opens them (open(2), path_resolution(7))",
+        waivable: true,
+        check: readers::uid_differs,
+    },
+    Rule {
+        code: Code("SM126"),
+        severity: Severity::Warn,
+        field: "spec.volumes[].csi.volumeAttributes.uid",
+        text: "the reader runs with another UID than the files have",
+        change: "write that UID in uid: and create the pod again",
+        source: "a process that is not root cannot change its UID to the owner's (setuid(2)); status.containerStatuses[].user",
+        waivable: true,
+        check: readers::runs_with_another,
     },
     Rule {
         code: Code("SM130"),
@@ -200,7 +222,7 @@ pub static RULES: &[Rule] = &[
         change: "take this mount out; if it reads the files too and has the same UID, name it in for:",
         source: "what is mounted can be opened by root, and by any process with the owner's UID (path_resolution(7))",
         waivable: false,
-        check: another_mounts,
+        check: neighbours::another_mounts,
     },
     Rule {
         code: Code("SM131"),
@@ -210,7 +232,7 @@ pub static RULES: &[Rule] = &[
         change: "leave shareProcessNamespace out",
         source: "/proc/PID/root of the reader leads to its mounts (proc(5), ptrace(2) access mode checks)",
         waivable: false,
-        check: shared_processes,
+        check: neighbours::shared_processes,
     },
     Rule {
         code: Code("SM132"),
@@ -220,7 +242,17 @@ pub static RULES: &[Rule] = &[
         change: "leave hostPID out",
         source: "/proc/PID/root of the reader leads to its mounts (proc(5), ptrace(2) access mode checks)",
         waivable: false,
-        check: host_processes,
+        check: neighbours::host_processes,
+    },
+    Rule {
+        code: Code("SM133"),
+        severity: Severity::Refuse,
+        field: "spec.ephemeralContainers[].targetContainerName",
+        text: "an ephemeral container shares the processes of a reader",
+        change: "debug another container, or a copy of the pod (kubectl debug --copy-to)",
+        source: "/proc/PID/root of the reader leads to its mounts for the same UID (ptrace(2)); kubectl debug --target",
+        waivable: true,
+        check: neighbours::targets_reader,
     },
     Rule {
         code: Code("SM140"),
@@ -230,7 +262,17 @@ pub static RULES: &[Rule] = &[
         change: "ask them to change policy.namespaces in the platform file",
         source: "the platform file",
         waivable: false,
-        check: namespace_not_served,
+        check: readers::namespace_not_served,
+    },
+    Rule {
+        code: Code("SM141"),
+        severity: Severity::Refuse,
+        field: "spec.runtimeClassName",
+        text: "the platform team has not listed the pod's runtime class",
+        change: "use a listed one, or ask them to add it to policy.runtime_classes in the platform file",
+        source: "whether owner and mode of a file keep containers apart is the runtime's to say (kubernetes, RuntimeClass)",
+        waivable: false,
+        check: readers::runtime_class,
     },
     Rule {
         code: SAME_UID,
@@ -240,190 +282,316 @@ pub static RULES: &[Rule] = &[
         change: "give it a UID of its own",
         source: "only the missing mount keeps it out: a way to the reader's mounts would open the files to it",
         waivable: true,
-        check: same_uid,
+        check: neighbours::same_uid,
+    },
+    Rule {
+        code: IMAGE_UID,
+        severity: Severity::Warn,
+        field: "spec.containers[].securityContext.runAsUser",
+        text: "the image decides with which UID another container runs",
+        change: "write a runAsUser of its own there",
+        source: "it may be the owner's; an image's USER is not in the pod",
+        waivable: true,
+        check: neighbours::image_uid,
+    },
+    Rule {
+        code: Code("SM152"),
+        severity: Severity::Warn,
+        field: "spec.hostIPC",
+        text: "the pod shares the node's System V and POSIX IPC",
+        change: "leave hostIPC out",
+        source: "shared memory of the application can be opened by its UID in any such pod (ipc_namespaces(7))",
+        waivable: true,
+        check: neighbours::host_ipc,
+    },
+    Rule {
+        code: Code("SM153"),
+        severity: Severity::Warn,
+        field: "spec.hostNetwork",
+        text: "the pod shares the node's network namespace",
+        change: "leave hostNetwork out if the application can do without",
+        source: "abstract unix sockets and listeners of the application are reachable from every such pod (network_namespaces(7))",
+        waivable: true,
+        check: neighbours::host_network,
+    },
+    Rule {
+        code: Code("SM160"),
+        severity: Severity::Refuse,
+        field: "spec.containers[].securityContext.privileged",
+        text: "another container is privileged",
+        change: "leave privileged out",
+        source: "it has every capability and device of the node, and through them the reader's memory and mounts (capabilities(7))",
+        waivable: false,
+        check: neighbours::privileged,
+    },
+    Rule {
+        code: Code("SM161"),
+        severity: Severity::Refuse,
+        field: "spec.containers[].securityContext.capabilities.add[]",
+        text: "another container adds SYS_ADMIN",
+        change: "take it out",
+        source: "it enters the namespaces of other processes and mounts what it likes (setns(2), mount(2))",
+        waivable: false,
+        check: neighbours::sys_admin,
+    },
+    Rule {
+        code: Code("SM162"),
+        severity: Severity::Refuse,
+        field: "spec.containers[].securityContext.capabilities.add[]",
+        text: "another container adds SYS_PTRACE",
+        change: "take it out",
+        source: "a process found by its unix socket is read with pidfd_getfd, no shared processes needed (pidfd_getfd(2), SO_PEERPIDFD)",
+        waivable: false,
+        check: neighbours::sys_ptrace,
+    },
+    Rule {
+        code: Code("SM163"),
+        severity: Severity::Refuse,
+        field: "spec.containers[].securityContext.capabilities.add[]",
+        text: "another container may load code into the kernel or read its memory",
+        change: "take it out",
+        source: "SYS_MODULE loads kernel modules, SYS_RAWIO opens /dev/mem and I/O ports (capabilities(7))",
+        waivable: true,
+        check: neighbours::kernel,
+    },
+    Rule {
+        code: Code("SM164"),
+        severity: Severity::Refuse,
+        field: "spec.containers[].securityContext.capabilities.add[]",
+        text: "another container adds DAC_READ_SEARCH",
+        change: "take it out",
+        source: "it opens files by handle, past every directory (open_by_handle_at(2))",
+        waivable: true,
+        check: neighbours::dac_read_search,
+    },
+    Rule {
+        code: Code("SM165"),
+        severity: Severity::Refuse,
+        field: "spec.containers[].securityContext.capabilities.add[]",
+        text: "another container adds BPF and PERFMON",
+        change: "take one of the two out",
+        source: "together they load programs that read the memory of any process (bpf(2), capabilities(7))",
+        waivable: true,
+        check: neighbours::bpf,
+    },
+    Rule {
+        code: Code("SM166"),
+        severity: Severity::Refuse,
+        field: "spec.containers[].securityContext.capabilities.add[]",
+        text: "another container adds CHECKPOINT_RESTORE",
+        change: "take it out",
+        source: "it follows /proc/PID/map_files of other processes (capabilities(7))",
+        waivable: true,
+        check: neighbours::checkpoint_restore,
+    },
+    Rule {
+        code: Code("SM167"),
+        severity: Severity::Refuse,
+        field: "spec.containers[].securityContext.capabilities.add[]",
+        text: "another container adds SYS_CHROOT and mounts a hostPath",
+        change: "take one of the two out",
+        source: "it can leave its root for the node's (chroot(2))",
+        waivable: true,
+        check: neighbours::sys_chroot,
+    },
+    Rule {
+        code: Code("SM168"),
+        severity: Severity::Refuse,
+        field: "spec.containers[].securityContext.procMount",
+        text: "another container has an unmasked /proc",
+        change: "leave procMount out",
+        source: "/proc/kcore and its like are no longer masked (kubernetes, KEP-4265)",
+        waivable: true,
+        check: neighbours::unmasked_proc,
+    },
+    Rule {
+        code: Code("SM169"),
+        severity: Severity::Refuse,
+        field: "spec.containers[].securityContext.seLinuxOptions.type",
+        text: "another container has the SELinux type spc_t",
+        change: "leave the type out",
+        source: "spc_t is confined by nothing (container-selinux)",
+        waivable: true,
+        check: neighbours::super_privileged,
+    },
+    Rule {
+        code: Code("SM170"),
+        severity: Severity::Refuse,
+        field: "spec.volumes[].hostPath.path",
+        text: "another container mounts a directory of the node that leads to the files or to the runtime",
+        change: "take the mount out, or mount a narrower path",
+        source: "the kubelet's directory holds every volume, the runtime's socket every container (hostPath, kubernetes)",
+        waivable: true,
+        check: neighbours::host_path,
+    },
+    Rule {
+        code: Code("SM171"),
+        severity: Severity::Warn,
+        field: "spec.containers[].volumeDevices[]",
+        text: "another container opens a block device",
+        change: "give it a file system volume",
+        source: "a raw device may be one that the node uses too",
+        waivable: true,
+        check: neighbours::block_device,
+    },
+    Rule {
+        code: Code("SM172"),
+        severity: Severity::Warn,
+        field: "spec.containers[].resources.limits",
+        text: "another container is given a device",
+        change: "run it in a pod of its own if it can be",
+        source: "what a device plugin hands in may read the node's memory by DMA (kubernetes, device plugins)",
+        waivable: true,
+        check: neighbours::device_plugin,
+    },
+    Rule {
+        code: Code("SM173"),
+        severity: Severity::Warn,
+        field: "spec.containers[].securityContext.seccompProfile.type",
+        text: "another container has no seccomp profile",
+        change: "write seccompProfile: {type: RuntimeDefault}",
+        source: "every system call of the kernel is open to it (seccomp(2))",
+        waivable: true,
+        check: neighbours::seccomp,
+    },
+    Rule {
+        code: Code("SM174"),
+        severity: Severity::Warn,
+        field: "spec.containers[].securityContext.appArmorProfile.type",
+        text: "another container has no AppArmor profile",
+        change: "write appArmorProfile: {type: RuntimeDefault}",
+        source: "the runtime's profile denies mounts and /proc writes (kubernetes, AppArmor)",
+        waivable: true,
+        check: neighbours::apparmor,
+    },
+    Rule {
+        code: Code("SM175"),
+        severity: Severity::Warn,
+        field: "spec.containers[].securityContext.allowPrivilegeEscalation",
+        text: "another container may gain rights by a setuid file",
+        change: "write allowPrivilegeEscalation: false",
+        source: "a UID that is not root may become root by execve (no_new_privs, prctl(2))",
+        waivable: true,
+        check: neighbours::escalation,
+    },
+    Rule {
+        code: Code("SM176"),
+        severity: Severity::Warn,
+        field: "spec.containers[].securityContext",
+        text: "another container has capabilities",
+        change: "run it with a UID of its own and capabilities: {drop: [ALL]}",
+        source: "none of them opens a path by itself; each widens what a fault elsewhere gives (capabilities(7))",
+        waivable: true,
+        check: neighbours::capabilities,
+    },
+    Rule {
+        code: Code("SM177"),
+        severity: Severity::Warn,
+        field: "spec.containers[].securityContext",
+        text: "the reader has more rights than reading needs",
+        change: "leave privileged and root out",
+        source: "it is its own secret; who takes the reader over has the node as well",
+        waivable: true,
+        check: readers::rights,
+    },
+    Rule {
+        code: Code("SM180"),
+        severity: Severity::Refuse,
+        field: "spec.containers[]",
+        text: "another container gets the same Secret by another way",
+        change: "take it out there, or give that container a volume of its own",
+        source: "environment and Secret volumes are delivered by the kubelet, which asks nobody who may read",
+        waivable: true,
+        check: doors::same_secret,
+    },
+    Rule {
+        code: Code("SM181"),
+        severity: Severity::Warn,
+        field: "spec.containers[]",
+        text: "the reader gets the same Secret by another way too",
+        change: "take it out; the application reads the file",
+        source: "an environment is inherited by every child and shown by /proc/PID/environ (proc(5))",
+        waivable: true,
+        check: doors::same_secret_reader,
+    },
+    Rule {
+        code: Code("SM182"),
+        severity: Severity::Refuse,
+        field: "spec.volumes[].projected.sources[].serviceAccountToken.audience",
+        text: "another container mounts a token that Vault takes for the reader's",
+        change: "take the mount out",
+        source: "Vault's role asks for service account and audience, and both are the reader's (Vault, kubernetes auth)",
+        waivable: true,
+        check: doors::token,
+    },
+    Rule {
+        code: Code("SM183"),
+        severity: Severity::Warn,
+        field: "spec.automountServiceAccountToken",
+        text: "every container holds the pod's automounted token",
+        change: "write automountServiceAccountToken: false, or make sure that no role of Vault's takes it",
+        source: "a role without an audience takes it (Vault, kubernetes auth)",
+        waivable: true,
+        check: doors::automount,
+    },
+    Rule {
+        code: Code("SM184"),
+        severity: Severity::Refuse,
+        field: "metadata.annotations",
+        text: "the Vault agent writes the same secret into a volume that it shares with others",
+        change: "take the annotation out",
+        source: "the injector mounts one emptyDir into its agent and the containers (vault-k8s, agent-inject)",
+        waivable: true,
+        check: doors::vault_agent,
+    },
+    Rule {
+        code: Code("SM190"),
+        severity: Severity::Refuse,
+        field: "metadata.annotations",
+        text: "Istio is told to mount the volume into its proxy",
+        change: "take the volume out of the annotation",
+        source: "the injector copies the annotation's mounts into the proxy (istio, sidecar.istio.io/userVolumeMount)",
+        waivable: false,
+        check: doors::user_volume_mount,
+    },
+    Rule {
+        code: Code("SM191"),
+        severity: Severity::Warn,
+        field: "metadata.annotations",
+        text: "a ConfigMap decides the proxy's bootstrap",
+        change: "take the annotation out",
+        source: "who may write it makes the proxy run any filter (istio, sidecar.istio.io/bootstrapOverride)",
+        waivable: true,
+        check: doors::bootstrap,
+    },
+    Rule {
+        code: Code("SM192"),
+        severity: Severity::Warn,
+        field: "metadata.annotations",
+        text: "Istio adds a privileged init container for core dumps",
+        change: "take the annotation out",
+        source: "it is refused as a privileged neighbour once it is injected (istio, sidecar.istio.io/enableCoreDump)",
+        waivable: true,
+        check: doors::core_dump,
+    },
+    Rule {
+        code: Code("SM193"),
+        severity: Severity::Warn,
+        field: "metadata.annotations",
+        text: "Istio runs its proxy as root",
+        change: "leave the interception mode at REDIRECT",
+        source: "TPROXY needs root and NET_ADMIN (istio, sidecar.istio.io/interceptionMode)",
+        waivable: true,
+        check: doors::tproxy,
     },
 ];
 
-fn found(findings: &mut Vec<Finding>, field: String, text: impl Into<String>) {
+pub(super) fn found(findings: &mut Vec<Finding>, field: String, text: impl Into<String>) {
     findings.push(Finding { field, text: text.into(), container: None });
 }
 
-fn found_at(findings: &mut Vec<Finding>, container: &Container, field: String, text: String) {
-    findings.push(Finding { field, text, container: Some(container.name.clone()) });
-}
-
-fn other_volume(case: &Case<'_>, findings: &mut Vec<Finding>) {
-    let pod = &case.facts.pod;
-    if pod.uid != case.volume.pod {
-        return found(findings, "metadata.uid".into(), format!("pod {pod} is another one now"));
-    }
-    let text = match case.csi() {
-        None => "the pod has no such CSI volume",
-        Some(csi) if csi.driver != DRIVER => "the pod's volume is another driver's",
-        Some(csi) if csi.attributes != case.claim.digest => "the pod's volumeAttributes are not those of the call",
-        Some(_) => return,
-    };
-    found(findings, case.volume_field(""), text);
-}
-
-fn not_read_only(case: &Case<'_>, findings: &mut Vec<Finding>) {
-    if case.csi().is_some_and(|csi| !csi.read_only) {
-        found(findings, case.volume_field(".csi.readOnly"), "the volume is not read-only");
-    }
-}
-
-fn fs_type(case: &Case<'_>, findings: &mut Vec<Finding>) {
-    if case.csi().is_some_and(|csi| csi.fs_type.as_deref().is_some_and(|fs_type| !fs_type.is_empty())) {
-        found(findings, case.volume_field(".csi.fsType"), "a file system type is set");
-    }
-}
-
-fn nobody_mounts(case: &Case<'_>, findings: &mut Vec<Finding>) {
-    if case.claim.readers.is_none() && case.mounting().next().is_none() {
-        found(findings, "spec.containers".into(), "no container mounts the volume");
-    }
-}
-
-fn several_mount(case: &Case<'_>, findings: &mut Vec<Finding>) {
-    if case.claim.readers.is_some() {
-        return;
-    }
-    let names: Vec<_> = case.mounting().map(|container| container.name.as_str()).collect();
-    if names.len() > 1 {
-        let text = format!("{} mount the volume", shown(&names.join(", ")));
-        found(findings, case.volume_field(".csi.volumeAttributes.for"), text);
-    }
-}
-
-fn unknown_reader(case: &Case<'_>, findings: &mut Vec<Finding>) {
-    let containers = &case.facts.containers;
-    for name in case.claim.readers.iter().flatten() {
-        if !containers.iter().any(|container| container.name == *name) {
-            let own = containers.iter().filter(|c| c.kind != Kind::Ephemeral).map(|c| c.name.as_str());
-            let text = format!("the pod has no container \"{}\"{}", shown(name), nearest(name, own));
-            found(findings, case.volume_field(".csi.volumeAttributes.for"), text);
-        }
-    }
-}
-
-fn ephemeral_reader(case: &Case<'_>, findings: &mut Vec<Finding>) {
-    let named = |container: &&Container| match &case.claim.readers {
-        Some(names) => names.contains(&container.name),
-        None => case.mounting().count() == 1 && case.mounts(container).next().is_some(),
-    };
-    for container in case.facts.containers.iter().filter(|c| c.kind == Kind::Ephemeral).filter(named) {
-        let text = format!("ephemeral container {} cannot be a reader", container.name);
-        found_at(findings, container, field(container, ""), text);
-    }
-}
-
-fn reader_without_mount(case: &Case<'_>, findings: &mut Vec<Finding>) {
-    let Some(names) = &case.claim.readers else { return };
-    for container in case.facts.containers.iter().filter(|c| c.kind != Kind::Ephemeral) {
-        if names.contains(&container.name) && case.mounts(container).next().is_none() {
-            let text = format!("{} is named in for: and does not mount the volume", container.name);
-            found_at(findings, container, field(container, ".volumeMounts"), text);
-        }
-    }
-}
-
-fn owner_unknown(case: &Case<'_>, findings: &mut Vec<Finding>) {
-    for reader in case.readers().filter(|reader| case.claim.uid.is_none() && case.uid(reader).is_none()) {
-        let text = format!("the pod does not say with which UID {} runs", reader.name);
-        found_at(findings, reader, field(reader, ".securityContext.runAsUser"), text);
-    }
-}
-
-fn root_not_written_out(case: &Case<'_>, findings: &mut Vec<Finding>) {
-    for reader in case.readers().filter(|reader| case.claim.uid.is_none() && case.uid(reader) == Some(0)) {
-        found_at(findings, reader, case.owner_field(), format!("{} runs as root", reader.name));
-    }
-}
-
-fn owners_differ(case: &Case<'_>, findings: &mut Vec<Finding>) {
-    if case.claim.uid.is_some() {
-        return;
-    }
-    let mut known = case.readers().filter_map(|reader| Some((reader, case.uid(reader)?)));
-    let Some((first, uid)) = known.next() else { return };
-    for (reader, other) in known.filter(|(_, other)| *other != uid) {
-        let text = format!("{} runs with UID {other}, {} with {uid}", reader.name, first.name);
-        found_at(findings, reader, field(reader, ".securityContext.runAsUser"), text);
-    }
-}
-
-fn mesh_uid(case: &Case<'_>, findings: &mut Vec<Finding>) {
-    let Some(owner) = case.owner() else { return };
-    let proxy = case.neighbours().find(|c| is_mesh_proxy(c) && case.uid(c) == Some(owner));
-    if let Some(proxy) = proxy {
-        let text = format!("{owner} is the UID of the mesh proxy {}", proxy.name);
-        found_at(findings, proxy, case.owner_field(), text);
-    } else if case.rules.mesh_uids.contains(&owner) {
-        found(findings, case.owner_field(), format!("{owner} is the UID of mesh proxies"));
-    }
-}
-
-fn worker_uid(case: &Case<'_>, findings: &mut Vec<Finding>) {
-    if case.owner() == Some(WORKER_UID) {
-        found(findings, case.owner_field(), format!("{WORKER_UID} is the driver's own UID"));
-    }
-}
-
-fn another_mounts(case: &Case<'_>, findings: &mut Vec<Finding>) {
-    for container in case.neighbours() {
-        for index in case.mounts(container) {
-            let text = format!("{} mounts the volume too", container.name);
-            found_at(findings, container, field(container, &format!(".volumeMounts[{index}]")), text);
-        }
-    }
-}
-
-fn shared_processes(case: &Case<'_>, findings: &mut Vec<Finding>) {
-    if case.facts.share_process_namespace {
-        let text = "the containers of the pod see each other's processes, and through them the files";
-        found(findings, "spec.shareProcessNamespace".into(), text);
-    }
-}
-
-fn host_processes(case: &Case<'_>, findings: &mut Vec<Finding>) {
-    if case.facts.host_pid {
-        found(findings, "spec.hostPID".into(), "the pod sees the node's processes, and through them the files");
-    }
-}
-
-fn namespace_not_served(case: &Case<'_>, findings: &mut Vec<Finding>) {
-    let namespace = &case.facts.pod.namespace;
-    let lists = |names: &[String]| names.iter().any(|name| name == "*" || name == namespace);
-    let Namespaces { allow, deny } = &case.rules.namespaces;
-    if lists(deny) || !lists(allow) {
-        found(findings, "metadata.namespace".into(), format!("namespace {namespace} is not served"));
-    }
-}
-
-fn same_uid(case: &Case<'_>, findings: &mut Vec<Finding>) {
-    let Some(owner) = case.owner() else { return };
-    for container in case.neighbours().filter(|c| case.uid(c) == Some(owner)) {
-        // A mesh proxy with the owner's UID is a rule of its own.
-        if !is_mesh_proxy(container) {
-            let text = format!("{} runs with UID {owner}, as the reader does", container.name);
-            found_at(findings, container, field(container, ".securityContext.runAsUser"), text);
-        }
-    }
-}
-
-/// Whether a container is a service mesh's proxy, by the names that the injectors give it or by its image: istio,
-/// linkerd, consul, kuma, and plain Envoy.
-fn is_mesh_proxy(container: &Container) -> bool {
-    const NAMES: [&str; 6] =
-        ["istio-proxy", "linkerd-proxy", "consul-dataplane", "envoy", "envoy-sidecar", "kuma-sidecar"];
-    const IMAGES: [&str; 5] = ["proxyv2", "envoy", "consul-dataplane", "kuma-dp", "envoy-distroless"];
-    // "registry:5000/istio/proxyv2:1.29@sha256:…" names the repository "registry:5000/istio/proxyv2".
-    let image = container.image.split('@').next().unwrap_or_default();
-    let (path, name) = image.rsplit_once('/').unwrap_or(("", image));
-    let name = name.split(':').next().unwrap_or_default();
-    NAMES.contains(&container.name.as_str())
-        || IMAGES.contains(&name)
-        || (name == "proxy" && path.rsplit('/').next() == Some("linkerd"))
+pub(super) fn found_at(findings: &mut Vec<Finding>, container: &Container, field: String, text: impl Into<String>) {
+    findings.push(Finding { field, text: text.into(), container: Some(container.name.clone()) });
 }
 
 /// The platform's settings for the rules.
@@ -435,10 +603,16 @@ pub struct Rules {
     pub distinct_uids: bool,
     /// `refuse`: codes of warnings made refusals.
     pub refuse: Vec<Code>,
+    /// `runtime_classes`: those that pods may name.
+    pub runtime_classes: Vec<String>,
     /// `namespaces`.
     pub namespaces: Namespaces,
     /// `waivers`.
     pub waivers: Vec<Waiver>,
+    /// The audiences of all connections: a token for one of them is the reader's to Vault.
+    pub audiences: Vec<String>,
+    /// The kubelet's directory on the node (`--kubelet-dir`).
+    pub kubelet_dir: String,
 }
 
 impl Default for Rules {
@@ -447,18 +621,23 @@ impl Default for Rules {
             mesh_uids: vec![1337],
             distinct_uids: false,
             refuse: Vec::new(),
+            runtime_classes: Vec::new(),
             namespaces: Namespaces::default(),
             waivers: Vec::new(),
+            audiences: Vec::new(),
+            kubelet_dir: "/var/lib/kubelet".into(),
         }
     }
 }
 
 impl Rules {
-    /// Whether a rule's finding refuses, by its own severity or by the platform's.
-    pub(super) fn refuses(&self, rule: &Rule) -> bool {
+    /// Whether a rule's finding refuses: by its own severity, by the platform's, or since this pod's containers see
+    /// each other's processes, where the same UID is a way to the files.
+    pub(super) fn refuses(&self, rule: &Rule, facts: &PodFacts) -> bool {
+        let about_uids = rule.code == SAME_UID || rule.code == IMAGE_UID;
         rule.severity == Severity::Refuse
             || self.refuse.contains(&rule.code)
-            || (rule.code == SAME_UID && self.distinct_uids)
+            || (about_uids && (self.distinct_uids || facts.share_process_namespace))
     }
 
     /// The waiver that covers a finding, if one does and the rule may be waived.

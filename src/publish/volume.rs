@@ -1,5 +1,6 @@
 //! One volume as the worker knows it: its place with its lock, its state while it stands, and its note.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -9,7 +10,7 @@ use tokio::time::Instant;
 
 use crate::broker::wire::{MAX_NOTE, Standing as OnNode};
 use crate::policy::Grant;
-use crate::request::{Owner, PodRef, Publish, VolumeId};
+use crate::request::{Claim, Owner, PodRef, Publish, VolumeId};
 use crate::schedule::{Interval, Pace};
 use crate::secret::{Tag, TagKey};
 use crate::source::Payload;
@@ -33,6 +34,10 @@ pub(super) struct Volume {
     pub(super) failing: Option<(SystemTime, String)>,
     /// What the rules say against the pod now, reported once.
     pub(super) refused: Option<String>,
+    /// What the pod asks for, once a publish has said it: what the guard judges by.
+    pub(super) claim: Option<Claim>,
+    /// The warnings its owner was told of.
+    pub(super) warned: BTreeSet<String>,
     pub(super) stale: bool,
     pub(super) bytes: u64,
     pub(super) generation: u64,
@@ -171,6 +176,8 @@ pub(super) fn adopt(found: &OnNode) -> Volume {
         pace: Pace::new(interval, now.checked_sub(age).unwrap_or(now), jitter(&key)),
         failing: None,
         refused: None,
+        claim: None,
+        warned: BTreeSet::new(),
         stale: false,
         bytes: found.bytes,
         generation: found.generation,

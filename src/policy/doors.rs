@@ -1,0 +1,148 @@
+//! Rules about other doors of the same pod: the same secret by another way, or what an injector is told to do.
+
+use super::facts::{Container, Projection, Source};
+use super::rules::{Finding, found, found_at};
+use super::sidecars::called;
+use super::{Case, field};
+use crate::request::files::Location;
+use crate::request::shown;
+
+/// Where the kubelet mounts the automounted token (kubernetes, ServiceAccount admission).
+const AUTOMOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
+
+pub(super) fn same_secret(case: &Case<'_>, findings: &mut Vec<Finding>) {
+    for container in case.neighbours() {
+        other_ways(case, container, findings, "");
+    }
+}
+
+pub(super) fn same_secret_reader(case: &Case<'_>, findings: &mut Vec<Finding>) {
+    for container in case.readers() {
+        other_ways(case, container, findings, " by another way");
+    }
+}
+
+/// Each way by which a container gets the volume's Kubernetes Secret without this driver.
+fn other_ways(case: &Case<'_>, container: &Container, findings: &mut Vec<Finding>, rest: &str) {
+    let Some(secret) = case.csi().and_then(|csi| csi.secret.as_deref()) else { return };
+    let text = format!("{} gets Secret {secret}{rest} too", called(container));
+    for variable in container.env.iter().filter(|variable| variable.secret == secret) {
+        found_at(findings, container, field(container, &variable.field), text.as_str());
+    }
+    for (index, mount) in container.mounts.iter().enumerate() {
+        let same = match case.source(&mount.volume) {
+            Some((_, Source::Secret(name))) => name == secret,
+            Some((_, Source::Projected(sources))) => {
+                sources.iter().any(|(_, source)| matches!(source, Projection::Secret(name) if name == secret))
+            }
+            _ => false,
+        };
+        if same {
+            found_at(findings, container, field(container, &format!(".volumeMounts[{index}]")), text.as_str());
+        }
+    }
+}
+
+/// The paths of Vault that the volume reads.
+fn vault_paths<'a>(case: &Case<'a>) -> impl Iterator<Item = &'a str> {
+    let files = case.claim.files.as_ref();
+    files.into_iter().flat_map(|files| files.locations()).filter_map(|location| match location {
+        Location::Vault { path, .. } => Some(path.as_str()),
+        Location::Secret => None,
+    })
+}
+
+pub(super) fn token(case: &Case<'_>, findings: &mut Vec<Finding>) {
+    if vault_paths(case).next().is_none() {
+        return;
+    }
+    for container in case.neighbours() {
+        for mount in &container.mounts {
+            let Some((volume, Source::Projected(sources))) = case.source(&mount.volume) else { continue };
+            for (index, source) in sources {
+                let Projection::Token(audience) = source else { continue };
+                if case.rules.audiences.contains(audience) {
+                    let field =
+                        format!("spec.volumes[{volume}].projected.sources[{index}].serviceAccountToken.audience");
+                    let text = format!("{} mounts a token for audience {}", called(container), shown(audience));
+                    found_at(findings, container, field, text);
+                }
+            }
+        }
+    }
+}
+
+pub(super) fn automount(case: &Case<'_>, findings: &mut Vec<Finding>) {
+    if vault_paths(case).next().is_none() {
+        return;
+    }
+    let holds =
+        |container: &&Container| container.mounts.iter().any(|mount| mount.path.trim_end_matches('/') == AUTOMOUNT);
+    // Admission has mounted it in the pod of a node; a manifest says only whether it will.
+    let admitted = !case.facts.node.is_empty();
+    let field = || "spec.automountServiceAccountToken".to_owned();
+    if let Some(container) = case.neighbours().find(holds) {
+        let text = format!("{} holds the pod's automounted token", called(container));
+        found_at(findings, container, field(), text);
+    } else if let Some(container) = case.neighbours().next()
+        && !admitted
+        && case.facts.automount_token != Some(false)
+    {
+        let text = format!("{} will hold the pod's automounted token", called(container));
+        found_at(findings, container, field(), text);
+    }
+}
+
+pub(super) fn vault_agent(case: &Case<'_>, findings: &mut Vec<Finding>) {
+    const SECRET: &str = "vault.hashicorp.com/agent-inject-secret-";
+    const TEMPLATE: &str = "vault.hashicorp.com/agent-inject-template-";
+    for (key, value) in &case.facts.annotations {
+        let same = |path: &&str| {
+            // The injector takes a path with or without a leading slash.
+            (key.starts_with(SECRET) && value.trim_start_matches('/') == *path)
+                || (key.starts_with(TEMPLATE) && value.contains(&format!("\"{path}\"")))
+        };
+        if let Some(path) = vault_paths(case).find(same) {
+            let text = format!("the Vault agent writes {} for every container", shown(path));
+            found(findings, annotation(key), text);
+        }
+    }
+}
+
+fn annotation(key: &str) -> String {
+    format!("metadata.annotations[{key}]")
+}
+
+/// An annotation's value, and where it stands.
+fn annotated<'a>(case: &Case<'a>, key: &str) -> Option<(&'a str, String)> {
+    let (_, value) = case.facts.annotations.iter().find(|(known, _)| known == key)?;
+    Some((value, annotation(key)))
+}
+
+pub(super) fn user_volume_mount(case: &Case<'_>, findings: &mut Vec<Finding>) {
+    let name = case.volume.name.as_str();
+    if let Some((value, field)) = annotated(case, "sidecar.istio.io/userVolumeMount")
+        // JSON, with the volume's name as a value or, in the older form, as a name.
+        && value.contains(&format!("\"{name}\""))
+    {
+        found(findings, field, format!("Istio is told to mount {name} into its proxy"));
+    }
+}
+
+pub(super) fn bootstrap(case: &Case<'_>, findings: &mut Vec<Finding>) {
+    if let Some((value, field)) = annotated(case, "sidecar.istio.io/bootstrapOverride") {
+        found(findings, field, format!("ConfigMap {} decides the proxy's bootstrap", shown(value)));
+    }
+}
+
+pub(super) fn core_dump(case: &Case<'_>, findings: &mut Vec<Finding>) {
+    if let Some(("true", field)) = annotated(case, "sidecar.istio.io/enableCoreDump") {
+        found(findings, field, "Istio adds a privileged init container for core dumps");
+    }
+}
+
+pub(super) fn tproxy(case: &Case<'_>, findings: &mut Vec<Finding>) {
+    if let Some(("TPROXY", field)) = annotated(case, "sidecar.istio.io/interceptionMode") {
+        found(findings, field, "Istio runs its proxy as root");
+    }
+}
