@@ -21,7 +21,7 @@ define need
 	@command -v $(1) >/dev/null || { echo 'missing: $(1). Install it with: $(2)' >&2; exit 1; }
 endef
 
-.PHONY: help demo test bench e2e e2e-down readme-attacks image manifest lint clean need-build need-lab need-root release
+.PHONY: help demo test bench e2e e2e-down readme-attacks docs image manifest lint clean need-build need-lab need-root release
 
 help:
 	@echo 'make demo   real secrets, a real OpenBao, a real Envoy as the attacker; prints what it got'
@@ -29,6 +29,7 @@ help:
 	@echo 'make e2e    a real cluster: the chart, every attack by a real Envoy, life under the kubelet; K8S=1.34.4, KEEP=1, LONG=1'
 	@echo 'make image  the driver in a container image, in $(IMAGES)'
 	@echo 'make manifest  deploy/sealmount.yaml from the chart'
+	@echo 'make docs   the tables of codes in the documents, from the rules'
 	@echo 'make bench  figures against the kernel and a bare client'
 	@echo 'make lint   format, lints, licences, advisories, unused dependencies, documentation'
 	@echo 'make clean  removes what was built; downloads in $(CACHE) stay'
@@ -95,6 +96,10 @@ e2e: need-lab image
 # The table that the last run of the attacks wrote.
 readme-attacks: need-build
 	cargo run --quiet --example e2e -- readme
+
+# The tables of codes in README.md and docs/codes.md, from the rules.
+docs: need-build
+	WRITE_DOCS=1 cargo test --quiet --lib the_tables_of_codes
 
 e2e-down: need-root
 	$(SUDO) env $(E2E_ENV) $(E2E) down

@@ -330,7 +330,7 @@ async fn from_kubelet(server: &KubeletPods) -> Pods {
 fn kubelet_debugged(name: &str) -> proto::Pod {
     let mut pod = kubelet_pod();
     let common = proto::Container { name: name.into(), ..Default::default() };
-    let more = proto::EphemeralContainer { common: Some(common) };
+    let more = proto::EphemeralContainer { common: Some(common), target_container_name: String::new() };
     pod.spec.as_mut().unwrap().ephemeral_containers.push(more);
     pod
 }

@@ -12,7 +12,7 @@ use sealmount::config::{
     Allow, Auth, Config, Connection, Limits, Method, NO_TOKEN, NOT_ALLOWED, RefreshBounds, Requests, ShareLogin,
     UNKNOWN_CONNECTION,
 };
-use sealmount::policy::facts::{Container, Csi, Kind, Mount, PodFacts, Volume};
+use sealmount::policy::facts::{Container, Csi, Kind, Mount, PodFacts, Profiles, Source, Volume};
 use sealmount::policy::{Grant, Rules, judge};
 use sealmount::request::files::Files;
 use sealmount::request::{Claim, Code, DRIVER, PodRef, PodUid, Publish, Token, VolumeId, VolumeName};
@@ -97,8 +97,12 @@ fn publish(pod: &Identity, issuer: &Issuer, files: Option<&str>) -> (Grant, Publ
         labels: Vec::new(),
         annotations: Vec::new(),
         host_pid: false,
+        host_ipc: false,
+        host_network: false,
         share_process_namespace: false,
+        automount_token: Some(false),
         run_as_user: None,
+        profiles: Profiles::default(),
         runtime_class: None,
         containers: vec![Container {
             name: "app".into(),
@@ -106,13 +110,29 @@ fn publish(pod: &Identity, issuer: &Issuer, files: Option<&str>) -> (Grant, Publ
             index: 0,
             image: "app:1".into(),
             run_as_user: Some(1000),
+            privileged: false,
+            added: Vec::new(),
+            drops_all: true,
+            escalation: Some(false),
+            unmasked_proc: false,
+            profiles: Profiles::default(),
+            target: None,
+            env: Vec::new(),
+            devices: Vec::new(),
+            extended_resources: Vec::new(),
             mounts: vec![Mount { volume: "db".into(), path: "/secrets".into(), sub_path: None }],
             id: None,
             running_uid: None,
         }],
         volumes: vec![Volume {
             name: "db".into(),
-            csi: Some(Csi { driver: DRIVER.into(), read_only: true, fs_type: None, secret: None, attributes: [7; 32] }),
+            source: Source::Csi(Csi {
+                driver: DRIVER.into(),
+                read_only: true,
+                fs_type: None,
+                secret: None,
+                attributes: [7; 32],
+            }),
         }],
     };
     let (grant, _) = judge(&volume, &claim, &facts, &Rules::default(), SystemTime::now()).expect("a valid pod");
