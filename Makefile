@@ -99,7 +99,7 @@ readme-attacks: need-build
 
 # The tables of codes in README.md and docs/codes.md, from the rules.
 docs: need-build
-	WRITE_DOCS=1 cargo test --quiet --lib the_tables_of_codes
+	WRITE_DOCS=1 cargo test --quiet --test rules the_tables_of_codes
 
 e2e-down: need-root
 	$(SUDO) env $(E2E_ENV) $(E2E) down

@@ -843,3 +843,22 @@ fn the_tree_holds_no_path_of_a_machine_and_no_note() {
     assert_eq!(leftovers("a", concat!("// TO", "DO later")).len(), 1);
     none(leftovers("a", "/proc/7/root/s/password; /proc/{pid}/root/s"));
 }
+
+/// The tables of codes in the documents come from the rules: `make docs` writes them.
+#[test]
+fn the_tables_of_codes_are_these() {
+    for (page, table) in [
+        ("docs/codes.md", sealmount::policy::rules::table(true)),
+        ("README.md", sealmount::policy::rules::table(false)),
+    ] {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(page);
+        let text = fs::read_to_string(&path).unwrap();
+        let (head, rest) = text.split_once("<!-- rules -->\n").unwrap_or_else(|| panic!("{page} lacks the marks"));
+        let (old, tail) = rest.split_once("<!-- /rules -->\n").unwrap_or_else(|| panic!("{page} lacks the marks"));
+        if std::env::var_os("WRITE_DOCS").is_some() {
+            fs::write(&path, format!("{head}<!-- rules -->\n{table}<!-- /rules -->\n{tail}")).unwrap();
+        } else {
+            assert_eq!(old, table, "{page} is not of these rules: run `make docs`");
+        }
+    }
+}

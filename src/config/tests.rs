@@ -82,7 +82,7 @@ fn a_valid_file() {
     assert_eq!((prod.max_reply, prod.requests), (2 << 20, Requests { at_once: 8, per_second: 50 }));
     assert!(prod.redirect_to.is_empty() && prod.server_name.is_none());
     assert_eq!((config.stale_after, config.log_level), (Duration::from_secs(300), tracing::Level::INFO));
-    assert_eq!(config.policy, Rules::default());
+    assert_eq!(config.policy, Rules { audiences: vec!["vault-prod".into()], ..Rules::default() });
 }
 
 #[test]
@@ -464,7 +464,7 @@ fn a_file_that_cannot_be_read() {
 fn the_example_is_valid_and_holds_every_field() {
     let text = include_str!("../../deploy/config.example.yaml");
     let config = read(text).unwrap_or_else(|faults| panic!("{faults:#?}"));
-    assert_eq!(config.policy, Rules::default());
+    assert_eq!(config.policy, Rules { audiences: vec!["vault-prod".into()], ..Rules::default() });
     assert_eq!(config.limits, Limits::default());
     assert_eq!(config.stale_after, Config::default().stale_after);
     let words: Vec<&str> = text.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_')).collect();
