@@ -45,24 +45,24 @@ fn chart(cluster: &Cluster) -> String {
 }
 
 /// `helm upgrade` with more arguments, without waiting.
-async fn upgrade(cluster: &Cluster, args: &[&str]) {
+pub(crate) async fn upgrade(cluster: &Cluster, args: &[&str]) {
     let chart = chart(cluster);
     ran("helm", &[&["upgrade", "sealmount", &chart, "-n", SYSTEM, "--reuse-values"], args].concat(), "").await;
 }
 
 /// The revision that is installed.
-async fn revision() -> String {
+pub(crate) async fn revision() -> String {
     let status = ran("helm", &["status", "sealmount", "-n", SYSTEM, "-o", "json"], "").await;
     let status: Value = serde_json::from_str(&status).expect("helm prints JSON");
     status["version"].to_string()
 }
 
-async fn back(cluster: &Cluster, revision: &str) {
+pub(crate) async fn back(cluster: &Cluster, revision: &str) {
     ran("helm", &["rollback", "sealmount", revision, "-n", SYSTEM], "").await;
     rolled_out(cluster).await;
 }
 
-async fn rolled_out(cluster: &Cluster) {
+pub(crate) async fn rolled_out(cluster: &Cluster) {
     cluster.kube.run(&format!("rollout status -n {SYSTEM} daemonset/sealmount --timeout=60s")).await;
 }
 

@@ -131,6 +131,8 @@ impl Cluster {
         let text = |args: &[&str]| args.iter().map(|it| (*it).to_owned()).collect::<Vec<String>>();
         let start = |name: &'static str, args: &[&str]| Process::start_new(name, &log, text(args));
         fs::write(own.join("containerd.toml"), containerd(&programs, &own)).expect("write the config");
+        // The platform that needs neither KVM nor ptrace.
+        fs::write(own.join("runsc.toml"), "[runsc_config]\n  platform = \"systrap\"\n").expect("write the config");
         fs::write(own.join("10-net.conflist"), network().to_string()).expect("write the config");
         let config = own.join("containerd.toml").display().to_string();
         let containerd = start("containerd", &["containerd", "-c", &config]);
@@ -428,6 +430,11 @@ fn containerd(programs: &Programs, own: &Path) -> String {
     [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc.options]
       BinaryName = "{runc}"
       SystemdCgroup = false
+  [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runsc]
+    runtime_type = "io.containerd.runsc.v1"
+    [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runsc.options]
+      TypeUrl = "io.containerd.runsc.v1.options"
+      ConfigPath = "{own}/runsc.toml"
 "#,
         pause = crate::images::PAUSE,
         bins = bridge.parent().expect("a directory").display(),

@@ -23,6 +23,7 @@ mod sanity;
 mod attacks;
 mod chart;
 mod cluster;
+mod gvisor;
 mod images;
 mod install;
 mod kube;

@@ -55,6 +55,7 @@ static GROUPS: &[(&str, &[Check])] = &[
     ("chart", crate::chart::CHECKS),
     ("sanity", crate::suite::CHECKS),
     ("attacks", crate::attacks::CHECKS),
+    ("gvisor", crate::gvisor::CHECKS),
     ("life", crate::life::CHECKS),
     ("disk", &[check!("no canary of any check on the disk", on_disk)]),
 ];
