@@ -14,7 +14,8 @@ use serde_json::Value;
 const ARROWS: &[(&str, &[&str])] = &[
     ("lib", &[]),
     ("main", &["cli"]),
-    ("cli", &["admin", "broker", "config", "harden", "log", "node", "policy"]),
+    ("cli", &["admin", "broker", "check", "config", "harden", "log", "node", "pods", "policy"]),
+    ("check", &["config", "pods", "policy"]),
     // The only file that knows every concrete type.
     (
         "node",

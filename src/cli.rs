@@ -1,5 +1,6 @@
 //! The command line: parse, dispatch, exit code. One file a command.
 
+mod check;
 mod node;
 mod probe;
 mod status;
@@ -26,6 +27,8 @@ enum Command {
     Status(status::Flags),
     /// Say by the exit code whether the driver works: the probes of its pod
     Probe(probe::Flags),
+    /// Judge pods before they run: who can read what, and what the driver would refuse
+    Check(Box<check::Flags>),
     /// The unprivileged half; started by `node` alone
     #[command(hide = true)]
     Worker(worker::Flags),
@@ -38,6 +41,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             Command::Node(flags) => node::run(&flags),
             Command::Status(flags) => status::run(&flags),
             Command::Probe(flags) => probe::run(&flags),
+            Command::Check(flags) => check::run(&flags),
             Command::Worker(flags) => worker::run(&flags),
         },
         Err(error) => {

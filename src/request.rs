@@ -3,6 +3,7 @@
 //! Everything here is valid by construction: each type has a private field and one constructor, and the
 //! constructors are the only place where its rule is written. No secret byte lives here but behind [`crate::secret`].
 
+pub mod attributes;
 pub mod files;
 pub mod yaml;
 

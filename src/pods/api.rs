@@ -121,6 +121,46 @@ impl Api {
     }
 }
 
+/// Why the pods of a cluster could not be listed.
+#[derive(Debug, thiserror::Error)]
+pub enum ListError {
+    /// There is no client.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    /// No kubeconfig, and no pod of the cluster's own.
+    #[error("no cluster: name one by --kubeconfig or $KUBECONFIG")]
+    NoCluster(#[source] kube::config::InferConfigError),
+    /// The API server does not give the list.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// The pods of a namespace, or of all, as the API server has them. For people's own rights: the cluster is that of the
+/// kubeconfig that is named, of `$KUBECONFIG` or `~/.kube/config`, or the pod's own.
+pub async fn all(kubeconfig: Option<&Path>, namespace: Option<&str>) -> Result<Vec<serde_json::Value>, ListError> {
+    let client = match kubeconfig {
+        Some(path) => client(Some(path)).await?,
+        None => Some(client_of(Config::infer().await.map_err(ListError::NoCluster)?)?),
+    };
+    let Some(client) = client else { return Ok(Vec::new()) };
+    let pods: kube::Api<Pod> = match namespace {
+        Some(namespace) => kube::Api::namespaced(client, namespace),
+        None => kube::Api::all(client),
+    };
+    let mut params = ListParams::default().limit(PAGE);
+    let mut all = Vec::new();
+    loop {
+        let page = pods.list(&params).await.map_err(|error| ListError::Refused(said(&error)))?;
+        for pod in &page.items {
+            all.push(serde_json::to_value(pod).map_err(|error| ListError::Refused(error.to_string()))?);
+        }
+        match page.metadata.continue_.filter(|token| !token.is_empty()) {
+            Some(token) => params = params.continue_token(&token),
+            None => return Ok(all),
+        }
+    }
+}
+
 /// Why a watch has to begin anew.
 #[derive(Debug, thiserror::Error)]
 enum Broken {

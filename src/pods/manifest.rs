@@ -104,6 +104,40 @@ impl Directory {
     }
 }
 
+/// A pod of a manifest that cannot be read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Misread {
+    /// The field: `spec.containers[0].image`.
+    pub path: String,
+    /// What was expected.
+    pub text: String,
+}
+
+/// The UID of a pod that has none yet.
+const NO_UID: &str = "00000000-0000-0000-0000-000000000000";
+
+/// Facts of a pod that nobody has admitted: `namespace` and `name` are those of the object it stands in.
+pub fn facts(pod: Value, namespace: &str, name: &str) -> Result<PodFacts, Misread> {
+    let mut pod: Pod = serde_path_to_error::deserialize(pod)
+        .map_err(|error| Misread { path: error.path().to_string(), text: error.inner().to_string() })?;
+    let metadata = &mut pod.metadata;
+    metadata.namespace = Some(namespace.to_owned());
+    metadata.name.get_or_insert_with(|| name.to_owned());
+    metadata.uid.get_or_insert_with(|| NO_UID.to_owned());
+    complete(&mut pod);
+    let facts = api::describe(&pod).facts.map_err(|text| Misread { path: "spec".into(), text })?;
+    Ok(Arc::unwrap_or_clone(facts))
+}
+
+/// What admission fills in.
+fn complete(pod: &mut Pod) {
+    pod.metadata.namespace.get_or_insert_with(|| "default".to_owned());
+    if let Some(spec) = &mut pod.spec {
+        let account = spec.service_account_name.take().or_else(|| spec.service_account.take());
+        spec.service_account_name = account.or_else(|| Some("default".to_owned()));
+    }
+}
+
 fn read(path: &Path) -> Result<Vec<Described>, String> {
     let file = fs::File::open(path).map_err(|error| error.to_string())?;
     let mut text = String::new();
@@ -117,13 +151,7 @@ pub(super) fn parse(text: &str) -> Result<Vec<Described>, String> {
     let pods = documents.into_iter().filter(|document| document.get("kind").and_then(Value::as_str) == Some("Pod"));
     pods.map(|document| {
         let mut pod: Pod = serde_json::from_value(document).map_err(|error| error.to_string())?;
-        // What admission fills in.
-        let namespace = &mut pod.metadata.namespace;
-        namespace.get_or_insert_with(|| "default".to_owned());
-        if let Some(spec) = &mut pod.spec {
-            let account = spec.service_account_name.take().or_else(|| spec.service_account.take());
-            spec.service_account_name = account.or_else(|| Some("default".to_owned()));
-        }
+        complete(&mut pod);
         Ok(api::describe(&pod))
     })
     .collect()

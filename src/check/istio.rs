@@ -1,0 +1,128 @@
+//! The proxy that Istio will inject, so that a manifest is judged as the pod that it becomes.
+
+use serde_json::{Value as Json, json};
+
+/// How Istio adds its proxy: as a native sidecar (the default from Istio 1.27 on), or as a plain container.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Proxy {
+    /// An init container that goes on.
+    Native,
+    /// A container.
+    Plain,
+}
+
+/// Adds `istio-init` and `istio-proxy` to a pod, unless they are there or the pod declines them. The proxy has the UID
+/// and the rights of Istio's own templates, and what the pod's annotations add to it.
+pub(super) fn inject(pod: &mut Json, how: Proxy) {
+    let said = |map: &str, key: &str| pod["metadata"][map][key].as_str().map(str::to_owned);
+    let annotation = |key: &str| said("annotations", &format!("sidecar.istio.io/{key}"));
+    let declined = [annotation("inject"), said("labels", "sidecar.istio.io/inject")];
+    if declined.iter().flatten().any(|value| value == "false") {
+        return;
+    }
+    let lists = ["initContainers", "containers"];
+    let there = |name: &str| {
+        lists.iter().filter_map(|list| pod["spec"][list].as_array()).flatten().any(|it| it["name"] == name)
+    };
+    if there("istio-proxy") || pod["spec"]["hostNetwork"] == true {
+        return;
+    }
+    // TPROXY needs root; otherwise the proxy has the UID that the mesh exempts from its own redirection.
+    let root = annotation("interceptionMode").is_some_and(|mode| mode == "TPROXY");
+    let mut proxy = json!({
+        "name": "istio-proxy",
+        "image": "docker.io/istio/proxyv2",
+        "securityContext": {
+            "allowPrivilegeEscalation": root, "privileged": false, "readOnlyRootFilesystem": true,
+            "runAsUser": if root { 0 } else { 1337 }, "runAsGroup": 1337, "runAsNonRoot": !root,
+            "capabilities": {"drop": ["ALL"], "add": if root { json!(["NET_ADMIN"]) } else { json!([]) }},
+        },
+        "volumeMounts": user_mounts(annotation("userVolumeMount").as_deref()),
+    });
+    let init = json!({
+        "name": "istio-init",
+        "image": "docker.io/istio/proxyv2",
+        "securityContext": {
+            "allowPrivilegeEscalation": false, "privileged": false, "runAsUser": 0, "runAsGroup": 0,
+            "capabilities": {"add": ["NET_ADMIN", "NET_RAW"], "drop": ["ALL"]},
+        },
+    });
+    let (first, then) = match how {
+        Proxy::Native => {
+            proxy["restartPolicy"] = json!("Always");
+            (vec![init, proxy], None)
+        }
+        Proxy::Plain => (vec![init], Some(proxy)),
+    };
+    // Behind the author's own, so that the fields of those keep their index.
+    let mut add = |list: &str, more: Vec<Json>| match pod["spec"][list].as_array_mut() {
+        Some(containers) => containers.extend(more),
+        None => pod["spec"][list] = Json::Array(more),
+    };
+    add("initContainers", first);
+    add("containers", then.into_iter().collect());
+}
+
+/// The mounts that the annotation asks for: a list of mounts, or in the older form a map of them by volume.
+fn user_mounts(annotation: Option<&str>) -> Json {
+    let mounts: Option<Json> = annotation.and_then(|text| serde_json::from_str(text).ok());
+    match mounts {
+        Some(Json::Array(mounts)) => Json::Array(mounts),
+        Some(Json::Object(by_name)) => by_name
+            .into_iter()
+            .map(|(name, mut mount)| {
+                if mount.is_object() {
+                    mount["name"] = json!(name);
+                }
+                mount
+            })
+            .collect(),
+        _ => json!([]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(pod: &Json, list: &str) -> Vec<String> {
+        let containers = pod["spec"][list].as_array();
+        containers.into_iter().flatten().map(|it| it["name"].as_str().unwrap().to_owned()).collect()
+    }
+
+    fn pod(annotations: &Json) -> Json {
+        json!({"metadata": {"annotations": annotations}, "spec": {"containers": [{"name": "app"}]}})
+    }
+
+    #[test]
+    fn both_forms() {
+        let mut native = pod(&json!({}));
+        inject(&mut native, Proxy::Native);
+        assert_eq!(names(&native, "initContainers"), ["istio-init", "istio-proxy"]);
+        assert_eq!(names(&native, "containers"), ["app"]);
+        let mut plain = pod(&json!({}));
+        inject(&mut plain, Proxy::Plain);
+        assert_eq!(names(&plain, "initContainers"), ["istio-init"]);
+        assert_eq!(names(&plain, "containers"), ["app", "istio-proxy"]);
+        let twice = plain.clone();
+        inject(&mut plain, Proxy::Plain);
+        assert_eq!(plain, twice);
+    }
+
+    #[test]
+    fn annotations_are_followed() {
+        let mut declined = pod(&json!({"sidecar.istio.io/inject": "false"}));
+        let before = declined.clone();
+        inject(&mut declined, Proxy::Native);
+        assert_eq!(declined, before);
+        for mounts in ["[{\"name\": \"db\", \"mountPath\": \"/db\"}]", "{\"db\": {\"mountPath\": \"/db\"}}"] {
+            let mut told = pod(&json!({
+                "sidecar.istio.io/userVolumeMount": mounts, "sidecar.istio.io/interceptionMode": "TPROXY",
+            }));
+            inject(&mut told, Proxy::Plain);
+            let proxy = &told["spec"]["containers"][1];
+            assert_eq!(proxy["volumeMounts"], json!([{"name": "db", "mountPath": "/db"}]));
+            assert_eq!(proxy["securityContext"]["runAsUser"], 0);
+        }
+    }
+}
