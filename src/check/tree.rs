@@ -144,6 +144,8 @@ struct Open {
     value: Value,
     /// The name whose value comes next.
     name: Option<String>,
+    /// What merge keys bring: for names that the map does not have itself (YAML 1.1).
+    merged: Vec<(String, Node)>,
 }
 
 #[derive(Default)]
@@ -167,7 +169,14 @@ impl Reader {
             Event::SequenceStart(_, anchor, _) => self.begin(place, anchor, Value::List(Vec::new())),
             Event::MappingStart(_, anchor, _) => self.begin(place, anchor, Value::Map(Vec::new())),
             Event::SequenceEnd | Event::MappingEnd => {
-                if let Some(open) = self.open.pop() {
+                if let Some(mut open) = self.open.pop() {
+                    if let Value::Map(entries) = &mut open.value {
+                        for (name, node) in open.merged {
+                            if !entries.iter().any(|(known, _)| *known == name) {
+                                entries.push((name, node));
+                            }
+                        }
+                    }
                     self.node(Node { place: open.place, value: open.value }, open.anchor)?;
                 }
             }
@@ -189,7 +198,7 @@ impl Reader {
     }
 
     fn begin(&mut self, place: Place, anchor: usize, value: Value) {
-        self.open.push(Open { place, anchor, value, name: None });
+        self.open.push(Open { place, anchor, value, name: None, merged: Vec::new() });
     }
 
     /// A text of aliases of aliases must not cost more than one without.
@@ -218,7 +227,18 @@ impl Reader {
         };
         match (&mut open.value, open.name.take()) {
             (Value::List(items), _) => items.push(node),
-            (Value::Map(entries), Some(name)) => merge(entries, name, node),
+            (Value::Map(_), Some(name)) if name == "<<" => {
+                let sources = match node.value {
+                    Value::List(items) => items,
+                    _ => vec![node],
+                };
+                for source in sources {
+                    if let Value::Map(more) = source.value {
+                        open.merged.extend(more);
+                    }
+                }
+            }
+            (Value::Map(entries), Some(name)) => entries.push((name, node)),
             (Value::Map(entries), None) => {
                 let name = match node.value {
                     Value::Scalar(Json::String(text)) => text,
@@ -238,26 +258,6 @@ impl Reader {
             (Value::Scalar(_), _) => {}
         }
         Ok(())
-    }
-}
-
-/// An entry of a map; the merge key `<<` brings entries that the map does not have itself (YAML 1.1).
-fn merge(entries: &mut Vec<(String, Node)>, name: String, node: Node) {
-    if name != "<<" {
-        entries.retain(|(known, _)| *known != name);
-        entries.push((name, node));
-        return;
-    }
-    let sources = match node.value {
-        Value::List(items) => items,
-        _ => vec![node],
-    };
-    for source in sources {
-        if let Value::Map(more) = source.value {
-            let new: Vec<_> =
-                more.into_iter().filter(|(name, _)| !entries.iter().any(|(known, _)| known == name)).collect();
-            entries.extend(new);
-        }
     }
 }
 
@@ -365,7 +365,7 @@ mod tests {
         assert_eq!(place("spec.volumes[0].csi.driver"), "line 8, column 15");
         assert_eq!(place("spec.volumes[db].csi.driver"), "line 8, column 15");
         assert_eq!(place("spec.volumes[db].csi.readOnly"), "line 8, column 7");
-        assert_eq!(place("spec.volumes[3]"), "line 6, column 3");
+        assert_eq!(place("spec.volumes[3]"), "line 6, column 5");
         assert_eq!(place("spec.hostPID"), "line 5, column 3");
     }
 }
