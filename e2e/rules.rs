@@ -863,3 +863,50 @@ fn the_tables_of_codes_are_these() {
         }
     }
 }
+
+/// Refusals that the API server does not look at: docs/admission.md says why.
+const DRIVER_ONLY: [&str; 3] = ["SM101", "SM124", "SM184"];
+
+/// The texts of a constant list in a source file.
+fn texts<'a>(source: &'a str, constant: &str) -> Vec<&'a str> {
+    let (_, rest) = source.split_once(&format!("const {constant}:")).unwrap();
+    let (_, rest) = rest.split_once("= [").or_else(|| rest.split_once("=\n        [")).unwrap();
+    let (list, _) = rest.split_once("];").unwrap();
+    list.split('"').skip(1).step_by(2).collect()
+}
+
+#[test]
+fn admission_has_every_refusal_in_the_words_of_the_rule() {
+    let rules = file("deploy/chart/files/admission.cel") + &file("deploy/chart/templates/admission.yaml");
+    let codes: Vec<&str> = sealmount::policy::RULES
+        .iter()
+        .filter(|rule| rule.severity == sealmount::policy::Severity::Refuse)
+        .map(|rule| rule.code.0)
+        .filter(|code| !DRIVER_ONLY.contains(code))
+        .collect();
+    for rule in sealmount::policy::RULES.iter().filter(|rule| codes.contains(&rule.code.0)) {
+        let code = rule.code.0;
+        assert!(rules.contains(&format!("\"{code} ")), "admission says nothing of {code}");
+        let change = format!("; {}\"", rule.change.replace('"', "\\\""));
+        assert!(rules.contains(&change), "admission has other words than {code}'s: {change}");
+    }
+    // The order of the rules is the order of the validations: the first that fails is what the API server says.
+    let order: Vec<&str> = rules.lines().filter_map(|line| line.strip_prefix("# SM")).collect();
+    let mut sorted = order.clone();
+    sorted.sort_unstable();
+    assert_eq!(order, sorted);
+    let page = file("docs/admission.md");
+    for code in DRIVER_ONLY {
+        assert!(page.contains(&format!("| `{code}` |")), "docs/admission.md does not say why {code} stays");
+    }
+    for (path, constant) in [
+        ("src/policy/neighbours.rs", "NODE_PATHS"),
+        ("src/policy/sidecars.rs", "KNOWN"),
+        ("src/policy/sidecars.rs", "NAMES"),
+        ("src/policy/sidecars.rs", "IMAGES"),
+    ] {
+        for text in texts(&file(path), constant) {
+            assert!(rules.contains(&format!("\"{text}\"")), "admission does not know {text} of {constant}");
+        }
+    }
+}

@@ -433,7 +433,10 @@ async fn gone(cluster: &Cluster) {
     .await;
     let left = cluster
         .kube
-        .run("get csidriver,clusterrole,clusterrolebinding,daemonset,configmap,networkpolicy -A -o name")
+        .run(
+            "get csidriver,clusterrole,clusterrolebinding,daemonset,configmap,networkpolicy,\
+             validatingadmissionpolicy,validatingadmissionpolicybinding -A -o name",
+        )
         .await;
     assert!(!left.lines().any(|name| name.contains("sealmount")), "{left}");
     for directory in ["/var/lib/kubelet/plugins_registry", "/var/lib/kubelet/plugins/csi.sealmount.io"] {

@@ -20,6 +20,7 @@ mod lab;
 #[path = "../sanity/mod.rs"]
 mod sanity;
 
+mod admission;
 mod attacks;
 mod chart;
 mod cluster;

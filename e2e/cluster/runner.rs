@@ -54,6 +54,7 @@ static GROUPS: &[(&str, &[Check])] = &[
     ("install", crate::install::CHECKS),
     ("chart", crate::chart::CHECKS),
     ("sanity", crate::suite::CHECKS),
+    ("admission", crate::admission::CHECKS),
     ("attacks", crate::attacks::CHECKS),
     ("gvisor", crate::gvisor::CHECKS),
     ("life", crate::life::CHECKS),

@@ -23,7 +23,7 @@ struct Way {
 fn ways() -> Vec<Way> {
     let mounts: Vec<_> = COLUMNS.iter().map(|it| mount(it)).collect();
     let mounting = json!({"volumeMounts": mounts, "securityContext": {"runAsUser": 0}});
-    let as_app = json!({"securityContext": {"runAsUser": APP, "capabilities": {"drop": ["ALL"]}}});
+    let as_app = json!({"securityContext": {"runAsUser": APP, "runAsGroup": APP, "capabilities": {"drop": ["ALL"]}}});
     vec![
         Way {
             number: 2,
