@@ -147,9 +147,10 @@ impl<'a> Case<'a> {
         container.mounts.iter().enumerate().filter(move |(_, mount)| mount.volume == name).map(|(index, _)| index)
     }
 
-    /// The containers that mount this volume, readers or not.
+    /// The pod's own containers that mount this volume, readers or not. A debug container decides nothing about who
+    /// reads: it is another container.
     fn mounting(&self) -> impl Iterator<Item = &'a Container> {
-        self.facts.containers.iter().filter(|c| self.mounts(c).next().is_some())
+        self.facts.containers.iter().filter(|c| c.kind != Kind::Ephemeral && self.mounts(c).next().is_some())
     }
 
     /// The readers, if known; else none.

@@ -33,7 +33,8 @@ pub(super) fn fs_type(case: &Case<'_>, findings: &mut Vec<Finding>) {
 }
 
 pub(super) fn nobody_mounts(case: &Case<'_>, findings: &mut Vec<Finding>) {
-    if case.claim.readers.is_none() && case.mounting().next().is_none() {
+    let any = case.facts.containers.iter().any(|container| case.mounts(container).next().is_some());
+    if case.claim.readers.is_none() && !any {
         found(findings, "spec.containers".into(), "no container mounts the volume");
     }
 }
@@ -63,7 +64,7 @@ pub(super) fn unknown_reader(case: &Case<'_>, findings: &mut Vec<Finding>) {
 pub(super) fn ephemeral_reader(case: &Case<'_>, findings: &mut Vec<Finding>) {
     let named = |container: &&Container| match &case.claim.readers {
         Some(names) => names.contains(&container.name),
-        None => case.mounting().count() == 1 && case.mounts(container).next().is_some(),
+        None => case.mounting().next().is_none() && case.mounts(container).next().is_some(),
     };
     for container in case.facts.containers.iter().filter(|c| c.kind == Kind::Ephemeral).filter(named) {
         let text = format!("ephemeral container {} cannot be a reader", container.name);

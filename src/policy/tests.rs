@@ -297,6 +297,13 @@ const BROKEN: &[(Break, &[&str])] = &[
         &["SM130 spec.containers[1].volumeMounts[1]"],
     ),
     (|p| p.debugger(true), &["SM130 spec.ephemeralContainers[0].volumeMounts[1]"]),
+    (
+        |p| {
+            p.claim.readers = None;
+            p.debugger(true);
+        },
+        &["SM130 spec.ephemeralContainers[0].volumeMounts[1]"],
+    ),
     (|p| p.facts.share_process_namespace = true, &["SM131 spec.shareProcessNamespace"]),
     (|p| p.facts.host_pid = true, &["SM132 spec.hostPID"]),
     (|p| p.rules.namespaces.deny = vec!["payments".into()], &["SM140 metadata.namespace"]),
@@ -754,6 +761,12 @@ fn two_broken_things_give_both_codes() {
     let about_neighbours: Vec<_> = BROKEN
         .iter()
         .filter(|(_, lines)| lines.iter().all(|line| &line[..5] >= "SM130" && !line.starts_with("SM15")))
+        // Where `for` is left out, another mount is a question about the reader.
+        .filter(|(change, _)| {
+            let mut pod = valid();
+            change(&mut pod);
+            pod.claim.readers.is_some()
+        })
         .collect();
     let codes = |pod: &Pod| -> BTreeSet<String> {
         pod.judge().err().into_iter().flatten().map(|refusal| refusal.code.to_string()).collect()
