@@ -79,7 +79,7 @@ manifest:
 	$(call need,$(HELM),a download of Helm 3 from helm.sh; `make e2e` builds it too)
 	{ echo '# For Kubernetes $(MANIFEST_VERSION) or later. `make manifest` makes it from namespace.yaml and the chart.'; \
 	echo '---'; cat deploy/namespace.yaml; \
-	$(HELM) template sealmount deploy/chart -n sealmount-system --kube-version $(MANIFEST_VERSION); } > $(MANIFEST).new
+	$(HELM) template sealmount deploy/chart -n sealmount-system --no-hooks --kube-version $(MANIFEST_VERSION); } > $(MANIFEST).new
 	mv $(MANIFEST).new $(MANIFEST)
 
 # CHECKS='attacks life' runs a part.

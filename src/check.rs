@@ -188,6 +188,18 @@ fn ours(pod: &Json) -> impl Iterator<Item = (&str, &Json)> {
     })
 }
 
+/// Whether a pod of a cluster has a volume of this driver and has not ended.
+pub fn uses(pod: &Json) -> bool {
+    let ended = matches!(pod["status"]["phase"].as_str(), Some("Succeeded" | "Failed"));
+    !ended && ours(pod).next().is_some()
+}
+
+/// Namespace and name of a pod of a cluster.
+pub fn called(pod: &Json) -> String {
+    let text = |name: &str| pod["metadata"][name].as_str().unwrap_or_default();
+    format!("{}/{}", text("namespace"), text("name"))
+}
+
 struct Judged {
     /// Each with whether it refuses.
     faults: Vec<(Fault, bool)>,

@@ -27,6 +27,7 @@ pub(crate) static CHECKS: &[Check] = &[
     check!("SIGTERM ends the container by itself", terminate),
     check!("metrics are served on the pod's address when they are on, and only then", metrics),
     check!("an update with a bad platform file ends at the first node and says why", bad_file),
+    check!("helm uninstall is refused while a pod has a volume", uninstall),
     check!("deploy/sealmount.yaml is the chart's, and serves without Helm", manifest),
 ];
 
@@ -421,6 +422,25 @@ async fn manifest(cluster: &mut Cluster) -> String {
     ran("helm", &["install", "sealmount", &chart, "-n", SYSTEM, "-f", "-"], &values).await;
     rolled_out(cluster).await;
     "the same as make manifest; a pod ran; nothing of either installation stayed".to_owned()
+}
+
+async fn uninstall(cluster: &mut Cluster) -> String {
+    let namespace = cluster.namespace("uninstall", "restricted").await;
+    let value = cluster.canary();
+    cluster.secret(&namespace, "db", &[("k", &value)]).await;
+    cluster.kube.apply(&namespace, &plain_pod("user", "db").to_string()).await;
+    cluster.kube.ready(&namespace, "user", LIMIT).await;
+    let output = run("helm", &["uninstall", "sealmount", "-n", SYSTEM, "--wait", "--timeout", "60s"], "").await;
+    assert!(!output.status.success(), "helm uninstalled a driver that is in use");
+    let said = cluster.kube.run(&format!("logs -n {SYSTEM} job/sealmount-uninstall")).await;
+    assert!(said.contains(&format!("  {namespace}/user\n")), "{said}");
+    rolled_out(cluster).await;
+    assert_eq!(cluster.reads(&namespace, "user", "app", "/s/k").await, Ok(value));
+    cluster.kube.delete_pod(&namespace, "user").await;
+    // The release is marked as on its way out: an upgrade puts it right, and the question's parts go with the next one.
+    let status = ran("helm", &["status", "sealmount", "-n", SYSTEM, "-o", "json"], "").await;
+    let status: Value = serde_json::from_str(&status).expect("helm prints JSON");
+    format!("{}; its log names the pod; the driver stayed", status["info"]["status"])
 }
 
 /// Nothing of the driver is left on the node or in the API server.

@@ -7,9 +7,10 @@ use std::process::ExitCode;
 use std::time::SystemTime;
 
 use clap::ValueEnum;
+use serde_json::Value as Json;
 
 use crate::check::report::{self, Style};
-use crate::check::{Options, Proxy, Report, Unreadable, explain};
+use crate::check::{self, Options, Proxy, Report, Unreadable, explain};
 use crate::config::{self, Config};
 use crate::pods::api;
 use crate::policy::rules;
@@ -38,6 +39,9 @@ pub(super) struct Flags {
     /// The pods of all namespaces of the cluster
     #[arg(long, short = 'A', requires = "cluster")]
     all_namespaces: bool,
+    /// Only whether pods of the cluster use the driver; exit code 1, with their names, if one does
+    #[arg(long, requires = "cluster")]
+    fail_if_used: bool,
     /// How to reach the cluster, instead of $KUBECONFIG, ~/.kube/config or the pod's own ServiceAccount
     #[arg(long, value_name = "FILE", requires = "cluster")]
     kubeconfig: Option<PathBuf>,
@@ -90,13 +94,16 @@ pub(super) fn run(flags: &Flags) -> ExitCode {
         print(&text);
         return ExitCode::SUCCESS;
     }
+    if flags.fail_if_used {
+        return used(flags);
+    }
     let options = match options(flags) {
         Ok(options) => options,
         Err(faults) => return failed(&faults),
     };
     let mut report = Report::default();
     if flags.cluster {
-        if let Err(error) = cluster(flags, &options, &mut report) {
+        if let Err(error) = cluster(flags, |pod| report.pod(pod, &options)) {
             return failed(&error);
         }
     } else {
@@ -175,13 +182,29 @@ fn manifests(directory: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(paths)
 }
 
-fn cluster(flags: &Flags, options: &Options, report: &mut Report) -> Result<(), String> {
+/// Each pod of the cluster, or of the namespace.
+fn cluster(flags: &Flags, take: impl FnMut(Json)) -> Result<(), String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| error.to_string())?;
     let namespace = (!flags.all_namespaces).then_some(flags.namespace.as_str());
-    let pods = runtime.block_on(api::all(flags.kubeconfig.as_deref(), namespace)).map_err(|error| error.to_string())?;
-    pods.into_iter().for_each(|pod| report.pod(pod, options));
-    Ok(())
+    runtime.block_on(api::each(flags.kubeconfig.as_deref(), namespace, take)).map_err(|error| error.to_string())
+}
+
+/// What an uninstallation asks: such a pod could not end without the driver.
+fn used(flags: &Flags) -> ExitCode {
+    let mut users = Vec::new();
+    let asked = cluster(flags, |pod| users.extend(check::uses(&pod).then(|| check::called(&pod))));
+    if let Err(error) = asked {
+        return failed(&error);
+    }
+    if users.is_empty() {
+        print("no pod uses the driver\n");
+        return ExitCode::SUCCESS;
+    }
+    let lines: String = users.iter().map(|name| format!("  {name}\n")).collect();
+    let count = users.len();
+    print(&format!("pods with a volume of the driver, which could not end without it: {count}\n{lines}"));
+    ExitCode::from(REFUSED)
 }
 
 /// Colour and width are a terminal's alone (<https://no-color.org>).

@@ -135,28 +135,32 @@ pub enum ListError {
     Refused(String),
 }
 
-/// The pods of a namespace, or of all, as the API server has them. For people's own rights: the cluster is that of the
-/// kubeconfig that is named, of `$KUBECONFIG` or `~/.kube/config`, or the pod's own.
-pub async fn all(kubeconfig: Option<&Path>, namespace: Option<&str>) -> Result<Vec<serde_json::Value>, ListError> {
+/// Gives `take` each pod of a namespace, or of all, as the API server has it: a page at a time, so that no cluster is
+/// too large. For people's own rights: the cluster is that of the kubeconfig that is named, of `$KUBECONFIG` or
+/// `~/.kube/config`, or the pod's own.
+pub async fn each(
+    kubeconfig: Option<&Path>,
+    namespace: Option<&str>,
+    mut take: impl FnMut(serde_json::Value),
+) -> Result<(), ListError> {
     let client = match kubeconfig {
         Some(path) => client(Some(path)).await?,
         None => Some(client_of(Config::infer().await.map_err(ListError::NoCluster)?)?),
     };
-    let Some(client) = client else { return Ok(Vec::new()) };
+    let Some(client) = client else { return Ok(()) };
     let pods: kube::Api<Pod> = match namespace {
         Some(namespace) => kube::Api::namespaced(client, namespace),
         None => kube::Api::all(client),
     };
     let mut params = ListParams::default().limit(PAGE);
-    let mut all = Vec::new();
     loop {
         let page = pods.list(&params).await.map_err(|error| ListError::Refused(said(&error)))?;
         for pod in &page.items {
-            all.push(serde_json::to_value(pod).map_err(|error| ListError::Refused(error.to_string()))?);
+            take(serde_json::to_value(pod).map_err(|error| ListError::Refused(error.to_string()))?);
         }
         match page.metadata.continue_.filter(|token| !token.is_empty()) {
             Some(token) => params = params.continue_token(&token),
-            None => return Ok(all),
+            None => return Ok(()),
         }
     }
 }

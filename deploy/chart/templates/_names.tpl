@@ -37,3 +37,9 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- end }}
 {{- $all | uniq | sortAlpha | toJson }}
 {{- end }}
+
+{{- define "sealmount.image" -}}
+{{- with .Values.image -}}
+"{{ .repository }}{{ if .digest }}@{{ .digest }}{{ else }}:{{ .tag | default $.Chart.AppVersion }}{{ end }}"
+{{- end }}
+{{- end }}
