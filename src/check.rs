@@ -19,6 +19,7 @@ use crate::pods::manifest as pods;
 use crate::policy::facts::PodFacts;
 use crate::policy::{self, RULES, Rule, Severity};
 use crate::request::attributes::{self, Field};
+use crate::request::files::{Files, Location};
 use crate::request::yaml::Place;
 use crate::request::{DRIVER, Fault, VolumeId, VolumeName};
 pub use access::Access;
@@ -111,7 +112,7 @@ impl Report {
 
     /// Checks a pod of a cluster.
     pub fn pod(&mut self, pod: Json, options: &Options) {
-        let text = |name: &str| pod["metadata"][name].as_str().unwrap_or_default().to_owned();
+        let text = |name: &str| text(&pod, &["metadata", name]).unwrap_or_default().to_owned();
         let found = manifest::Found {
             kind: "Pod".into(),
             name: text("name"),
@@ -179,24 +180,33 @@ impl Checked {
     }
 }
 
+/// A part of a document, by the names that lead to it.
+fn at<'a>(document: &'a Json, path: &[&str]) -> Option<&'a Json> {
+    path.iter().try_fold(document, |part, name| part.get(name))
+}
+
+fn text<'a>(document: &'a Json, path: &[&str]) -> Option<&'a str> {
+    at(document, path)?.as_str()
+}
+
 /// The volumes of this driver: name and source.
 fn ours(pod: &Json) -> impl Iterator<Item = (&str, &Json)> {
-    let volumes = pod["spec"]["volumes"].as_array();
-    volumes.into_iter().flatten().filter(|volume| volume["csi"]["driver"] == DRIVER).filter_map(|volume| {
-        let name = volume["name"].as_str()?;
-        Some((name, &volume["csi"]))
+    let volumes = at(pod, &["spec", "volumes"]).and_then(Json::as_array);
+    volumes.into_iter().flatten().filter_map(|volume| {
+        let csi = volume.get("csi").filter(|csi| text(csi, &["driver"]) == Some(DRIVER))?;
+        Some((text(volume, &["name"])?, csi))
     })
 }
 
 /// Whether a pod of a cluster has a volume of this driver and has not ended.
 pub fn uses(pod: &Json) -> bool {
-    let ended = matches!(pod["status"]["phase"].as_str(), Some("Succeeded" | "Failed"));
+    let ended = matches!(text(pod, &["status", "phase"]), Some("Succeeded" | "Failed"));
     !ended && ours(pod).next().is_some()
 }
 
 /// Namespace and name of a pod of a cluster.
 pub fn called(pod: &Json) -> String {
-    let text = |name: &str| pod["metadata"][name].as_str().unwrap_or_default();
+    let text = |name: &str| text(pod, &["metadata", name]).unwrap_or_default();
     format!("{}/{}", text("namespace"), text("name"))
 }
 
@@ -210,19 +220,20 @@ struct Judged {
 /// What the driver would say of one volume.
 fn judge(name: &str, source: &Json, facts: &PodFacts, options: &Options) -> Judged {
     let refused = |faults: Vec<Fault>| faults.into_iter().map(|fault| (fault, true)).collect();
-    let context: HashMap<String, String> = source["volumeAttributes"]
-        .as_object()
+    let context: HashMap<String, String> = source
+        .get("volumeAttributes")
+        .and_then(Json::as_object)
         .into_iter()
         .flatten()
         .map(|(key, value)| (key.clone(), value.as_str().unwrap_or_default().to_owned()))
         .collect();
-    let has_secret = source["nodePublishSecretRef"]["name"].as_str().is_some_and(|name| !name.is_empty());
+    let has_secret = text(source, &["nodePublishSecretRef", "name"]).is_some_and(|name| !name.is_empty());
     let mut faults = Vec::new();
     let claim = attributes::parse(&context, has_secret, &Field::of(name), &mut faults);
     let (Some(claim), Ok(volume)) = (claim, VolumeName::parse(name)) else {
         return Judged { faults: refused(faults), readers: None };
     };
-    if options.platform && claim.vault.is_some() | claim.files.as_ref().is_some_and(reads_vault) {
+    if options.platform && (claim.vault.is_some() || claim.files.as_ref().is_some_and(reads_vault)) {
         let connection = options.config.connection(&claim).and_then(|connection| connection.refresh(&claim));
         faults.extend(connection.err());
     }
@@ -238,8 +249,8 @@ fn judge(name: &str, source: &Json, facts: &PodFacts, options: &Options) -> Judg
     judged
 }
 
-fn reads_vault(files: &crate::request::files::Files) -> bool {
-    files.locations().any(|location| matches!(location, crate::request::files::Location::Vault { .. }))
+fn reads_vault(files: &Files) -> bool {
+    files.locations().any(|location| matches!(location, Location::Vault { .. }))
 }
 
 /// The change of the pod that a finding asks for, where there is just one.
@@ -250,28 +261,26 @@ fn hint(fault: &Fault, pod: &Json) -> Option<Json> {
     let container = || {
         let (list, rest) = field.strip_prefix("spec.")?.split_once('[')?;
         let index: usize = rest.split_once(']')?.0.parse().ok()?;
-        let container = pod["spec"][list].get(index)?;
-        Some((list, container["name"].as_str()?, container))
+        let container = at(pod, &["spec", list])?.get(index)?;
+        Some((list, text(container, &["name"])?, container))
     };
     let of_container = |change: Json| {
         let (list, name, _) = container()?;
-        let mut entry = json!({"name": name});
-        for (key, value) in change.as_object()? {
-            entry[key] = value.clone();
-        }
+        let mut entry = change.as_object()?.clone();
+        entry.insert("name".to_owned(), json!(name));
         spec(json!({list: [entry]}))
     };
     match fault.code.0 {
         "SM102" | "SM103" => {
             let index: usize = field.strip_prefix("spec.volumes[")?.split_once(']')?.0.parse().ok()?;
-            let name = pod["spec"]["volumes"].get(index)?["name"].as_str()?;
+            let name = text(at(pod, &["spec", "volumes"])?.get(index)?, &["name"])?;
             let change = if fault.code.0 == "SM102" { json!({"readOnly": true}) } else { json!({"fsType": null}) };
             spec(json!({"volumes": [{"name": name, "csi": change}]}))
         }
         "SM130" => {
             let (_, _, found) = container()?;
             let index: usize = field.rsplit_once('[')?.1.trim_end_matches(']').parse().ok()?;
-            let path = found["volumeMounts"].get(index)?["mountPath"].as_str()?;
+            let path = text(found.get("volumeMounts")?.get(index)?, &["mountPath"])?;
             of_container(json!({"volumeMounts": [{"$patch": "delete", "mountPath": path}]}))
         }
         "SM131" => spec(json!({"shareProcessNamespace": null})),
@@ -280,7 +289,7 @@ fn hint(fault: &Fault, pod: &Json) -> Option<Json> {
         "SM161" | "SM162" | "SM163" | "SM164" | "SM166" => {
             let (_, _, found) = container()?;
             let index: usize = field.rsplit_once('[')?.1.trim_end_matches(']').parse().ok()?;
-            let mut added = found["securityContext"]["capabilities"]["add"].as_array()?.clone();
+            let mut added = at(found, &["securityContext", "capabilities", "add"])?.as_array()?.clone();
             if index >= added.len() {
                 return None;
             }

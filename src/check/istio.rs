@@ -2,6 +2,8 @@
 
 use serde_json::{Value as Json, json};
 
+use super::at;
+
 /// How Istio adds its proxy: as a native sidecar (the default from Istio 1.27 on), or as a plain container.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Proxy {
@@ -14,24 +16,23 @@ pub enum Proxy {
 /// Adds `istio-init` and `istio-proxy` to a pod, unless they are there or the pod declines them. The proxy has the UID
 /// and the rights of Istio's own templates, and what the pod's annotations add to it.
 pub(super) fn inject(pod: &mut Json, how: Proxy) {
-    let said = |map: &str, key: &str| pod["metadata"][map][key].as_str().map(str::to_owned);
+    let said = |map: &str, key: &str| at(pod, &["metadata", map, key])?.as_str().map(str::to_owned);
     let annotation = |key: &str| said("annotations", &format!("sidecar.istio.io/{key}"));
     let declined = [annotation("inject"), said("labels", "sidecar.istio.io/inject")];
     if declined.iter().flatten().any(|value| value == "false") {
         return;
     }
-    let lists = ["initContainers", "containers"];
-    let there = |name: &str| {
-        lists.iter().filter_map(|list| pod["spec"][list].as_array()).flatten().any(|it| it["name"] == name)
-    };
-    if there("istio-proxy") || pod["spec"]["hostNetwork"] == true {
+    let lists = ["initContainers", "containers"].into_iter().filter_map(|list| at(pod, &["spec", list])?.as_array());
+    let there = lists.flatten().any(|it| at(it, &["name"]).is_some_and(|name| name == "istio-proxy"));
+    if there || at(pod, &["spec", "hostNetwork"]) == Some(&Json::Bool(true)) {
         return;
     }
     // TPROXY needs root; otherwise the proxy has the UID that the mesh exempts from its own redirection.
     let root = annotation("interceptionMode").is_some_and(|mode| mode == "TPROXY");
-    let mut proxy = json!({
+    let proxy = json!({
         "name": "istio-proxy",
         "image": "docker.io/istio/proxyv2",
+        "restartPolicy": if how == Proxy::Native { json!("Always") } else { Json::Null },
         "securityContext": {
             "allowPrivilegeEscalation": root, "privileged": false, "readOnlyRootFilesystem": true,
             "runAsUser": if root { 0 } else { 1337 }, "runAsGroup": 1337, "runAsNonRoot": !root,
@@ -48,19 +49,21 @@ pub(super) fn inject(pod: &mut Json, how: Proxy) {
         },
     });
     let (first, then) = match how {
-        Proxy::Native => {
-            proxy["restartPolicy"] = json!("Always");
-            (vec![init, proxy], None)
-        }
-        Proxy::Plain => (vec![init], Some(proxy)),
+        Proxy::Native => (vec![init, proxy], Vec::new()),
+        Proxy::Plain => (vec![init], vec![proxy]),
     };
+    // What is no map cannot be read as a pod either, and that is reported.
+    let Some(spec) = pod.get_mut("spec").and_then(Json::as_object_mut) else { return };
     // Behind the author's own, so that the fields of those keep their index.
-    let mut add = |list: &str, more: Vec<Json>| match pod["spec"][list].as_array_mut() {
-        Some(containers) => containers.extend(more),
-        None => pod["spec"][list] = Json::Array(more),
-    };
-    add("initContainers", first);
-    add("containers", then.into_iter().collect());
+    for (list, more) in [("initContainers", first), ("containers", then)] {
+        let known = spec.entry(list).or_insert_with(|| json!([]));
+        if known.is_null() {
+            *known = json!([]);
+        }
+        if let Some(known) = known.as_array_mut() {
+            known.extend(more);
+        }
+    }
 }
 
 /// The mounts that the annotation asks for: a list of mounts, or in the older form a map of them by volume.
@@ -71,8 +74,8 @@ fn user_mounts(annotation: Option<&str>) -> Json {
         Some(Json::Object(by_name)) => by_name
             .into_iter()
             .map(|(name, mut mount)| {
-                if mount.is_object() {
-                    mount["name"] = json!(name);
+                if let Some(mount) = mount.as_object_mut() {
+                    mount.insert("name".to_owned(), json!(name));
                 }
                 mount
             })

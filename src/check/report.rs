@@ -177,12 +177,10 @@ pub fn sarif(report: &Report) -> String {
         })
         .collect();
     let location = |file: &str, place: Option<Place>| {
-        let region = place.map(|place| json!({"startLine": place.line, "startColumn": place.column}));
-        let mut physical = json!({"artifactLocation": {"uri": file}});
-        if let Some(region) = region {
-            physical["region"] = region;
-        }
-        json!([{"physicalLocation": physical}])
+        // SARIF has no null region; without a place it is the file's first line.
+        let place = place.unwrap_or(Place { line: 1, column: 1 });
+        let region = json!({"startLine": place.line, "startColumn": place.column});
+        json!([{"physicalLocation": {"artifactLocation": {"uri": file}, "region": region}}])
     };
     let mut results = Vec::new();
     for pod in &report.pods {

@@ -208,6 +208,8 @@ fn used(flags: &Flags) -> ExitCode {
 }
 
 /// Colour and width are a terminal's alone (<https://no-color.org>).
+// The driver takes no setting from its environment; this is a person's terminal.
+#[allow(clippy::disallowed_methods)]
 fn style(flags: &Flags) -> Style {
     let terminal = io::stdout().is_terminal();
     let said = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
