@@ -76,7 +76,7 @@ async fn sandboxed(cluster: &mut Cluster) -> String {
     cluster.kube.ready(&namespace, "sealed", READY).await;
     let kernel = cluster.kube.exec(&namespace, "sealed", "app", &["cat", "/proc/version"]).await;
     assert!(
-        !kernel.out.contains(&std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("a release").trim()),
+        !kernel.out.contains(std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("a release").trim()),
         "not in a sandbox: {kernel:?}"
     );
     assert_eq!(cluster.reads(&namespace, "sealed", "app", "/s/password").await, Ok(first.clone()));
