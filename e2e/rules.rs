@@ -911,3 +911,18 @@ fn admission_has_every_refusal_in_the_words_of_the_rule() {
         }
     }
 }
+
+#[test]
+fn nothing_that_ships_waives_what_is_never_waived() {
+    let with_feature: Vec<String> = file("Makefile")
+        .lines()
+        .chain(file("deploy/Dockerfile").lines())
+        .chain(file(".ci/run").lines())
+        .filter(|line| line.contains("waive-anything") || line.contains("--all-features"))
+        .map(str::to_owned)
+        .collect();
+    // The build of the lab's own program, its place, and its name for the cluster: never the release.
+    assert_eq!(with_feature.len(), 3, "{with_feature:#?}");
+    assert!(with_feature.iter().all(|line| !line.contains("--release")), "{with_feature:#?}");
+    assert!(!file("Cargo.toml").contains("default = ["), "a default feature");
+}

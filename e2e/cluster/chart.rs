@@ -128,10 +128,15 @@ fn all_on() -> Value {
                 "c": connection("vault-b", "https://vault.example:8201"),
             },
             "limits": {"volume_bytes": "2MiB"},
-            "policy": {"mesh_uids": [1337, 1_000_700_000]},
+            "policy": {
+                "mesh_uids": [1337, 1_000_700_000], "distinct_uids": true, "refuse": ["SM152"],
+                "runtime_classes": {"gvisor": {}}, "namespaces": {"allow": ["a"], "deny": ["b"]},
+                "waivers": [{"code": "SM170", "namespace": "a", "until": "2099-12-31", "reason": "moves"}],
+            },
         },
         "configFiles": {"ca.pem": "-----BEGIN CERTIFICATE-----\n"},
         "podsFrom": "api",
+        "admission": {"action": "Warn", "excludeNamespaces": ["a", "b"]},
         "allowSwap": true,
         "metrics": {"enabled": true},
         "hostAliases": [{"ip": "10.0.0.1", "hostnames": ["vault.example"]}],
@@ -166,8 +171,9 @@ async fn dry_run(cluster: &mut Cluster) -> String {
     let audiences: Vec<&str> = text.lines().filter(|line| line.contains("- audience: ")).map(str::trim).collect();
     assert_eq!(audiences, ["- audience: \"vault-a\"", "- audience: \"vault-b\""]);
     assert_eq!(text.contains("serviceAccountTokenInSecrets: true"), cluster.at_least(35));
+    let driver = text.split("\n---\n").find(|part| part.contains("\nkind: DaemonSet\n")).expect("a DaemonSet");
     for absent in ["runAsUser:", "runAsGroup:", "fsGroup:", "hostNetwork: true", "hostPID: true"] {
-        assert!(!text.contains(absent), "{absent} in\n{text}");
+        assert!(!driver.contains(absent), "{absent} in\n{driver}");
     }
     "default and all on; the audiences of three connections, each once".to_owned()
 }

@@ -13,6 +13,9 @@ pub(crate) const README: &str = "docker.io/library/busybox:1.37";
 /// Envoy with the C library it needs, and busybox for a shell of its UID.
 pub(crate) const ENVOY: &str = "localhost/envoy:e2e";
 
+/// The driver in the build that waives what is never waived: the chart's repository with this tag.
+pub(crate) const WAIVING_TAG: &str = "waive-anything";
+
 /// The C library's parts that Envoy is linked with.
 const LIBRARIES: &[&str] =
     &["libm.so.6", "librt.so.1", "libdl.so.2", "libpthread.so.0", "libc.so.6", "ld-linux-x86-64.so.2"];
@@ -39,7 +42,10 @@ pub(crate) fn build(dir: &Path, envoy: &Path) -> Vec<PathBuf> {
     let mut envoy_files = vec![Copy { from: envoy, to: "/bin/envoy" }, Copy { from: &app, to: "/bin/app" }];
     envoy_files.push(Copy { from: &busybox, to: "/bin/busybox" });
     envoy_files.extend(libraries.iter().map(|(from, to)| Copy { from, to }));
+    let waiving = PathBuf::from(std::env::var_os("SEALMOUNT_WAIVING").expect("SEALMOUNT_WAIVING names that build"));
+    let waiving = [Copy { from: &waiving, to: "/sealmount" }];
     vec![
+        image(dir, &format!("docker.io/sealmount/sealmount:{WAIVING_TAG}"), &waiving, &["/sealmount"]),
         image(dir, PAUSE, &[Copy { from: &app, to: "/app" }], &["/app", "pause"]),
         image(dir, README, &app_files, &["/bin/sh"]),
         image(dir, APP, &app_files, &["/bin/app", "hold"]),

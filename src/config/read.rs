@@ -506,7 +506,7 @@ impl<'a> Reader<'a> {
         let map = self.section(node, path, "policy.waivers[]");
         let code = self.required(&map, "code", |text, _| {
             let rule = RULES.iter().find(|rule| rule.code.0 == text).ok_or_else(|| unknown_code(text))?;
-            if rule.waivable { Ok(rule.code) } else { Err(format!("{text} is never waived")) }
+            if rule.may_be_waived() { Ok(rule.code) } else { Err(format!("{text} is never waived")) }
         });
         let namespace = self.required(&map, "namespace", text_of);
         let service_account = self.plain(&map, "service_account", text_of);

@@ -1,32 +1,114 @@
-//! Pods that an injector or an author builds so that a neighbour could read: they run in the usual way and with a Secret
-//! volume, and are refused with sealmount.
+//! Pods that an injector or an author builds so that a neighbour could read: refused with sealmount, whatever the
+//! platform file says. Each is tried all the same, on a driver that was built to waive what is never waived.
 
 use serde_json::{Value, json};
 
-use super::scene::{APP, NAMESPACE, Scene, app, capable, mesh, mount, native, neighbour, path, plain_root, pod, proxy};
+use super::scene::{
+    APP, COLUMNS, MARKS, NAMESPACE, Scene, app, capable, mesh, mount, native, neighbour, path, plain_root, pod, proxy,
+};
 use super::table::{self, Got, Row};
+use crate::chart::{back, revision, rolled_out, upgrade};
 use crate::cluster::Cluster;
+use crate::images;
 
-const BOTH: [&str; 2] = ["usual", "native"];
 const OURS: [&str; 1] = ["sealed"];
+/// Never waived but by that build, and one that may be.
+const WAIVED: [&str; 7] = ["SM123", "SM130", "SM131", "SM132", "SM160", "SM161", "SM162"];
+const BY_SOCKET: &str = "pidfd_getfd from the app, found by its unix socket (SO_PEERPIDFD), no shared processes";
+
+/// What the driver says of each pod as it ships.
+struct Refused {
+    mount: Got,
+    sub_path: Got,
+    init: Got,
+    shared: Got,
+    host: Got,
+    mesh: Got,
+    privileged: Got,
+    tracer: Got,
+}
 
 pub(super) async fn run(cluster: &mut Cluster) -> String {
     let scene = Scene::new(cluster).await;
-    let mut rows = mounts(&scene).await;
-    rows.extend(shared_processes(&scene).await);
-    rows.push(host_processes(&scene).await);
-    rows.push(mesh_uid(&scene).await);
+    let refused = refused(&scene).await;
+    let before = revision().await;
+    waive(scene.cluster).await;
+    let mut rows = mounts(&scene, &refused).await;
+    rows.extend(shared_processes(&scene, &refused.shared).await);
+    rows.push(host_processes(&scene, &refused.host).await);
+    rows.push(mesh_uid(&scene, &refused.mesh).await);
+    rows.extend(by_socket(&scene, &refused).await);
+    back(scene.cluster, &before).await;
     table::add(rows)
 }
 
-/// Another mount of a container.
+/// Puts that build on the node, with a platform file that waives all of these here.
+async fn waive(cluster: &Cluster) {
+    let waivers: Vec<_> = WAIVED
+        .iter()
+        .map(|code| {
+            json!({"code": code, "namespace": NAMESPACE, "until": "2099-12-31", "reason": "the lab shows the attack"})
+        })
+        .collect();
+    let file = cluster.dir.join("tmp/waive.json");
+    let values = json!({"image": {"tag": images::WAIVING_TAG}, "config": {"policy": {"waivers": waivers}}});
+    std::fs::write(&file, values.to_string()).expect("write the values");
+    upgrade(cluster, &["-f", &file.display().to_string()]).await;
+    rolled_out(cluster).await;
+}
+
+async fn refused(scene: &Scene<'_>) -> Refused {
+    let sidecar = || Some(native(mesh("istio-proxy", 15000)));
+    let one = async |name: &str, injected: Option<Value>, containers: &[Value], change: fn(&mut Value), code: &str| {
+        let mut pod = pod(&format!("refused-{name}"), &OURS, injected, containers);
+        change(&mut pod["spec"]);
+        scene.refused(&pod, code).await
+    };
+    let same = |_: &mut Value| ();
+    let share: fn(&mut Value) = |spec| spec["shareProcessNamespace"] = json!(true);
+    let on_host: fn(&mut Value) = |spec| spec["hostPID"] = json!(true);
+    let privileged = [app(&OURS), privileged("root")];
+    let tracer = [app(&OURS), capable("tracer", 0, &["SYS_PTRACE"])];
+    Refused {
+        mount: one("mount", proxy_of(mount("sealed")), &[app(&OURS)], same, "SM130").await,
+        sub_path: one("subpath", proxy_of(by_sub_path("sealed")), &[app(&OURS)], same, "SM130").await,
+        init: one("init", Some(thief(&OURS)), &[app(&OURS)], same, "SM130").await,
+        shared: one("shared", sidecar(), &[app(&OURS)], share, "SM131").await,
+        host: one("host", None, &[app(&OURS), neighbour("neighbour", 1337)], on_host, "SM132").await,
+        mesh: one("uid", with_app_uid(), &[app(&OURS)], same, "SM123").await,
+        privileged: one("privileged", None, &privileged, same, "SM160").await,
+        tracer: one("tracer", None, &tracer, same, "SM162").await,
+    }
+}
+
+/// Envoy with one mount more.
+fn proxy_of(extra: Value) -> Option<Value> {
+    Some(native(also(mesh("istio-proxy", 15000), extra)))
+}
+
+/// Envoy with the application's UID.
+fn with_app_uid() -> Option<Value> {
+    let mut mesh = mesh("istio-proxy", 15000);
+    mesh["securityContext"]["runAsUser"] = json!(APP);
+    mesh["securityContext"]["runAsGroup"] = json!(APP);
+    Some(native(mesh))
+}
+
+fn privileged(name: &str) -> Value {
+    let mut container = neighbour(name, 0);
+    container["securityContext"] = json!({"runAsUser": 0, "privileged": true});
+    container
+}
+
+/// A container of a pod with one mount more.
 fn also(mut container: Value, mount: Value) -> Value {
     container["volumeMounts"].as_array_mut().expect("mounts").push(mount);
     container
 }
 
 fn by_sub_path(column: &str) -> Value {
-    json!({"name": column, "mountPath": format!("/sub/{column}"), "subPath": "password"})
+    let sub_path = if column == "usual" { "..1/password" } else { "password" };
+    json!({"name": column, "mountPath": format!("/sub/{column}"), "subPath": sub_path})
 }
 
 /// An init container that takes away what it reads.
@@ -37,69 +119,38 @@ fn thief(columns: &[&str]) -> Value {
     columns.iter().filter(|it| **it != "usual").fold(thief, |thief, column| also(thief, mount(column)))
 }
 
+/// The three columns, one after the other: a process has one tracer.
+async fn three(one: impl AsyncFn(usize) -> Got) -> [Got; 3] {
+    [one(0).await, one(1).await, one(2).await]
+}
+
 /// Row 2: the proxy's container, or an init container, mounts the volume too.
-async fn mounts(scene: &Scene<'_>) -> Vec<Row> {
-    let proxy_of = |extra: Value| Some(native(also(mesh("istio-proxy", 15000), extra)));
-    let mut injected = pod("injected", &BOTH, proxy_of(mount("native")), &[app(&BOTH)]);
-    let firsts = injected["spec"]["initContainers"].as_array_mut().expect("init containers");
-    firsts.push(thief(&BOTH));
-    let mut shell = neighbour("shell", 1337);
-    for column in BOTH {
-        let sub_path = if column == "usual" { "..1/password" } else { "password" };
-        let mut mount = by_sub_path(column);
-        mount["subPath"] = json!(sub_path);
-        shell = also(shell, mount);
-    }
-    injected["spec"]["containers"].as_array_mut().expect("containers").push(shell);
+async fn mounts(scene: &Scene<'_>, refused: &Refused) -> Vec<Row> {
+    let injected = also(also(mesh("istio-proxy", 15000), mount("native")), mount("sealed"));
+    let shell = COLUMNS.iter().fold(neighbour("shell", 1337), |shell, column| also(shell, by_sub_path(column)));
+    let mut injected = pod("injected", &COLUMNS, Some(native(injected)), &[app(&COLUMNS), shell]);
+    injected["spec"]["initContainers"].as_array_mut().expect("init containers").push(thief(&COLUMNS));
     let running = scene.start(&injected).await;
-    let [usual, secret, _] = two(async |column| match proxy(&running, 15000).read(&path(BOTH[column])).await {
-        Ok(bytes) if bytes == scene.values[column].as_bytes() => Got::read(),
-        other => Got::Odd(format!("{other:?}")),
-    })
-    .await;
-    let refused = pod("refused-mount", &OURS, proxy_of(mount("sealed")), &[app(&OURS)]);
-    let mounted = [usual, secret, scene.refused(&refused, "SM130").await];
-
-    let [usual, secret, _] = two(async |column| {
-        scene.attack("injected", "shell", column, &["read", &format!("/sub/{}", BOTH[column])]).await
-    })
-    .await;
-    let refused = pod("refused-subpath", &OURS, proxy_of(by_sub_path("sealed")), &[app(&OURS)]);
-    let sub_path = [usual, secret, scene.refused(&refused, "SM130").await];
-
-    let [usual, secret, _] = two(async |column| {
-        scene.attack("injected", "shell", column, &["read", &format!("/run/usual/by-init-{}", BOTH[column])]).await
-    })
-    .await;
-    let refused = pod("refused-init", &OURS, Some(thief(&OURS)), &[app(&OURS)]);
-    let by_init = [usual, secret, scene.refused(&refused, "SM130").await];
+    let by_envoy = scene.by_envoy(&proxy(&running, 15000), "/run/{}/password").await;
+    let by_sub_path = scene.each("injected", "shell", &["read", "/sub/{}"]).await;
+    let by_init = scene.each("injected", "shell", &["read", "/run/usual/by-init-{}"]).await;
     vec![
-        Row::new(2, "Envoy's container mounts the volume too (userVolumeMount)", mounted),
-        Row::new(2, "the same by subPath", sub_path),
-        Row::new(2, "the same in an init container, root", by_init),
+        Row::refused(2, "Envoy's container mounts the volume too (userVolumeMount)", by_envoy, &refused.mount),
+        Row::refused(2, "the same by subPath", by_sub_path, &refused.sub_path),
+        Row::refused(2, "the same in an init container, root", by_init, &refused.init),
     ]
 }
 
-/// The two columns whose pods run.
-async fn two(one: impl AsyncFn(usize) -> Got) -> [Got; 3] {
-    // One after the other: a process has one tracer.
-    [one(0).await, one(1).await, Got::Nothing]
-}
-
 /// Rows 4 and 8: all processes of the pod are in one process namespace.
-async fn shared_processes(scene: &Scene<'_>) -> Vec<Row> {
-    let mut app_with_environment = app(&BOTH);
+async fn shared_processes(scene: &Scene<'_>, refused: &Got) -> Vec<Row> {
+    let mut app_with_environment = app(&COLUMNS);
     app_with_environment["env"] =
         json!([{"name": "PASSWORD", "valueFrom": {"secretKeyRef": {"name": "usual", "key": "password"}}}]);
     let containers =
         [app_with_environment, neighbour("twin", APP), capable("root", 0, &["SYS_ADMIN", "SYS_PTRACE", "SYS_CHROOT"])];
-    let share = |mut pod: Value| {
-        pod["spec"]["shareProcessNamespace"] = json!(true);
-        pod
-    };
-    let sidecar = || Some(native(mesh("istio-proxy", 15000)));
-    scene.start(&share(pod("shared", &BOTH, sidecar(), &containers))).await;
-    let refused = scene.refused(&share(pod("refused-shared", &OURS, sidecar(), &[app(&OURS)])), "SM131").await;
+    let mut shared = pod("shared", &COLUMNS, Some(native(mesh("istio-proxy", 15000))), &containers);
+    shared["spec"]["shareProcessNamespace"] = json!(true);
+    scene.start(&shared).await;
     let mut rows = Vec::new();
     for (number, what, attack) in [
         (4, "`/proc/PID/root`", ["roots", "/run/{}/password"]),
@@ -109,52 +160,49 @@ async fn shared_processes(scene: &Scene<'_>) -> Vec<Row> {
         (8, "pidfd_getfd", ["getfd", "%"]),
         (8, "process_vm_readv", ["vm-readv", "%"]),
     ] {
-        let seen = two(async |column| {
-            let argument = attack[1].replace("{}", BOTH[column]).replace('%', super::scene::MARKS[column]);
-            scene.attack("shared", "twin", column, &[attack[0], &argument]).await
-        });
-        let [usual, secret, _] = seen.await;
+        let seen = scene.each("shared", "twin", &attack).await;
         let text = format!("shareProcessNamespace, a neighbour with the app's UID: {what}");
-        rows.push(Row::new(number, &text, [usual, secret, refused.clone()]));
+        rows.push(Row::refused(number, &text, seen, refused));
     }
-    let [usual, secret, _] = two(async |column| {
+    let seen = three(async |column| {
         let script = format!(
             "for d in /proc/[0-9]*; do tr '\\0' ' ' < $d/cmdline | grep -q '^/bin/app own' && \
              exec nsenter -t ${{d#/proc/}} -m /bin/cat {}; done",
-            path(BOTH[column])
+            path(COLUMNS[column])
         );
         let ran = scene.cluster.kube.exec(NAMESPACE, "shared", "root", &["sh", "-c", &script]).await;
         if ran.out == scene.values[column] { Got::read() } else { Got::Odd(format!("{ran:?}")) }
-    })
-    .await;
-    rows.push(Row::new(8, "shareProcessNamespace, root with SYS_ADMIN: nsenter", [usual, secret, refused]));
+    });
+    rows.push(Row::refused(8, "shareProcessNamespace, root with SYS_ADMIN: nsenter", seen.await, refused));
     rows
 }
 
 /// Row 8: the node's processes.
-async fn host_processes(scene: &Scene<'_>) -> Row {
-    let on_host = |mut pod: Value| {
-        pod["spec"]["hostPID"] = json!(true);
-        pod
-    };
-    scene.start(&on_host(pod("host-pid", &BOTH, None, &[app(&BOTH), capable("root", 0, &["SYS_PTRACE"])]))).await;
-    let [usual, secret, _] =
-        two(async |column| scene.attack("host-pid", "root", column, &["roots", &path(BOTH[column])]).await).await;
-    let refused = on_host(pod("refused-host", &OURS, None, &[app(&OURS), neighbour("neighbour", 1337)]));
-    let refused = scene.refused(&refused, "SM132").await;
-    Row::new(8, "hostPID, root with SYS_PTRACE: `/proc/PID/root`", [usual, secret, refused])
+async fn host_processes(scene: &Scene<'_>, refused: &Got) -> Row {
+    let mut on_host = pod("host-pid", &COLUMNS, None, &[app(&COLUMNS), capable("root", 0, &["SYS_PTRACE"])]);
+    on_host["spec"]["hostPID"] = json!(true);
+    scene.start(&on_host).await;
+    let seen = scene.each("host-pid", "root", &["roots", "/run/{}/password"]).await;
+    Row::refused(8, "hostPID, root with SYS_PTRACE: `/proc/PID/root`", seen, refused)
 }
 
-/// Row 11: the proxy has the application's UID.
-async fn mesh_uid(scene: &Scene<'_>) -> Row {
-    let same = || {
-        let mut mesh = mesh("istio-proxy", 15000);
-        mesh["securityContext"]["runAsUser"] = json!(APP);
-        Some(native(mesh))
-    };
-    let running = scene.start(&pod("mesh-uid", &BOTH, same(), &[app(&BOTH)])).await;
-    let proxy = proxy(&running, 15000);
-    let [usual, secret, _] = scene.by_envoy(&proxy, "/run/{}/password").await;
-    let refused = scene.refused(&pod("refused-uid", &OURS, same(), &[app(&OURS)]), "SM123").await;
-    Row::new(11, "a mesh proxy with the app's UID: read", [usual, secret, refused])
+/// Row 11: the proxy has the application's UID, and the volume beside it.
+async fn mesh_uid(scene: &Scene<'_>, refused: &Got) -> Row {
+    scene.start(&pod("mesh-uid", &COLUMNS, with_app_uid(), &[app(&COLUMNS)])).await;
+    let seen =
+        three(async |column| scene.attack("mesh-uid", "istio-proxy", column, &["peer", "app", MARKS[column]]).await);
+    Row::refused(11, &format!("a mesh proxy with the app's UID: {BY_SOCKET}"), seen.await, refused)
+}
+
+/// Row 8: no process is shared, and root with a right finds the application by its unix socket.
+async fn by_socket(scene: &Scene<'_>, refused: &Refused) -> Vec<Row> {
+    let tracers = [app(&COLUMNS), capable("tracer", 0, &["SYS_PTRACE"]), privileged("root")];
+    scene.start(&pod("traced", &COLUMNS, None, &tracers)).await;
+    let tracer = three(async |column| scene.attack("traced", "tracer", column, &["peer", "app", MARKS[column]]).await);
+    let tracer = tracer.await;
+    let root = three(async |column| scene.attack("traced", "root", column, &["peer", "app", MARKS[column]]).await);
+    vec![
+        Row::refused(8, &format!("root with SYS_PTRACE: {BY_SOCKET}"), tracer, &refused.tracer),
+        Row::refused(8, &format!("a privileged neighbour: {BY_SOCKET}"), root.await, &refused.privileged),
+    ]
 }

@@ -3,9 +3,7 @@
 use serde_json::{Value, json};
 
 use super::ordinary::{from_vault, role_without_audience};
-use super::scene::{
-    APP, COLUMNS, NAMESPACE, READY, Scene, app, capable, mesh, native, neighbour, plain_root, pod, proxy,
-};
+use super::scene::{APP, COLUMNS, NAMESPACE, READY, Scene, app, mesh, native, neighbour, plain_root, pod, proxy};
 use super::table::{self, Got, Row};
 use crate::chart::{back, revision, rolled_out, upgrade};
 use crate::cluster::Cluster;
@@ -13,7 +11,6 @@ use crate::cluster::Cluster;
 const POD: &str = "exposed";
 const TOKEN: &str = "/run/vault-token/token";
 const OURS: [&str; 1] = ["sealed"];
-const BOTH: [&str; 2] = ["usual", "native"];
 /// What the platform file waives in this namespace: a code, and the only container it is waived for.
 pub(crate) const WAIVED: [(&str, &str); 3] =
     [("SM170", "host-waived"), ("SM170", "bare-waived"), ("SM182", "istio-proxy")];
@@ -21,7 +18,6 @@ pub(crate) const WAIVED: [(&str, &str); 3] =
 pub(super) async fn run(cluster: &mut Cluster) -> String {
     let scene = Scene::new(cluster).await;
     let mut rows = waivable(&scene).await;
-    rows.extend(traced(&scene).await);
     rows.push(same_uid(&scene).await);
     table::add(rows)
 }
@@ -88,19 +84,6 @@ async fn waivable(scene: &Scene<'_>) -> Vec<Row> {
 }
 
 const BY_SOCKET: &str = "pidfd_getfd from the app, found by its unix socket (SO_PEERPIDFD), no shared processes";
-
-/// Row 8, never waived: a neighbour with SYS_PTRACE.
-async fn traced(scene: &Scene<'_>) -> Vec<Row> {
-    let tracer = || capable("tracer", 0, &["SYS_PTRACE"]);
-    let refused = scene.refused(&pod("refused-tracer", &OURS, None, &[app(&OURS), tracer()]), "SM162").await;
-    scene.start(&pod("traced", &BOTH, None, &[app(&BOTH), tracer()])).await;
-    let mut seen = [Got::Nothing, Got::Nothing];
-    for (column, got) in seen.iter_mut().enumerate() {
-        *got = scene.attack("traced", "tracer", column, &["peer", "app", super::scene::MARKS[column]]).await;
-    }
-    let [usual, secret] = seen;
-    vec![Row::new(8, &format!("root with SYS_PTRACE: {BY_SOCKET}"), [usual, secret, refused])]
-}
 
 /// Row 8: an ordinary neighbour with the app's UID is warned of, and refused where the platform file says so.
 async fn same_uid(scene: &Scene<'_>) -> Row {
