@@ -20,6 +20,7 @@ pub(crate) static CHECKS: &[Check] = &[
     beside!("an init container that `for` names reads, beside the app", init_container),
     beside!("a pod in a user namespace (hostUsers: false)", user_namespace),
     beside!("a mistyped attribute is an event that says the right name", mistyped),
+    beside!("a reader that runs with another UID than its files is told which", other_uid),
     beside!("a Secret that is not UTF-8: the message of the README's table", not_utf8),
     beside!("Job and CronJob pods end", jobs),
     beside!("a StatefulSet's pod is replaced under its name", stateful_set),
@@ -165,6 +166,17 @@ async fn mistyped(cluster: &Cluster) -> String {
     let seconds = begun.elapsed().as_secs_f32();
     assert!(event.message.contains("`for`") || event.message.contains("\"for\""), "{}", event.message);
     format!("{}: after {seconds:.1} s", code(&event.message))
+}
+
+async fn other_uid(cluster: &Cluster) -> String {
+    let (namespace, _) = namespace(cluster, "uid").await;
+    let mut other = pod("uid", &[container("app", APP_UID, &["/bin/app", "pause"])], &[from_secret("db", "db")]);
+    other["spec"]["volumes"][0]["csi"]["volumeAttributes"] = json!({"uid": "999"});
+    cluster.kube.apply(&namespace, &other.to_string()).await;
+    let told = cluster.kube.event(&namespace, "uid", "SM126 ", Duration::from_secs(30)).await;
+    assert!(told.message.contains("app runs with UID 1000, and the files are UID 999's"), "{}", told.message);
+    assert_eq!(told.reason, "SealmountWarning");
+    "the real UID, from the pod's status".to_owned()
 }
 
 async fn not_utf8(cluster: &Cluster) -> String {
