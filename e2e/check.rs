@@ -317,6 +317,22 @@ fn codes_are_explained() {
 }
 
 #[test]
+fn shells_and_man_are_served() {
+    let sealmount = |args: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_sealmount")).args(args).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    for shell in ["bash", "zsh", "fish"] {
+        let text = sealmount(&["completions", shell]);
+        assert!(text.contains("fix-hint"), "{shell}");
+        assert!(!text.contains("kubelet-dir=/"), "{shell}");
+    }
+    let page = sealmount(&["man"]);
+    assert!(page.starts_with(".ie") && page.contains("sealmount\\-check") && page.contains("Exit code"), "{page}");
+}
+
+#[test]
 fn a_reader_that_goes_away_is_no_crash() {
     let many: String = std::iter::repeat_n(deployment(shared), 2_000).collect::<Vec<_>>().join("---\n");
     let directory = tempfile::tempdir().unwrap();
