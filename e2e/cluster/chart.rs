@@ -436,6 +436,13 @@ async fn uninstall(cluster: &mut Cluster) -> String {
     cluster.secret(&namespace, "db", &[("k", &value)]).await;
     cluster.kube.apply(&namespace, &plain_pod("user", "db").to_string()).await;
     cluster.kube.ready(&namespace, "user", LIMIT).await;
+    // The same code, by a person with a kubeconfig.
+    let program = std::env::var("SEALMOUNT_BIN").expect("SEALMOUNT_BIN names the driver");
+    let report = ran(&program, &["check", "--cluster", "-n", &namespace, "-o", "json"], "").await;
+    let report: Value = serde_json::from_str(&report).expect("check prints JSON");
+    let access = report["pods"][0]["access"].as_array().expect("the pod");
+    assert!(access.iter().any(|it| it["container"] == "app" && it["how"] == "sealmount" && it["reads"] == true));
+
     let output = run("helm", &["uninstall", "sealmount", "-n", SYSTEM, "--wait", "--timeout", "60s"], "").await;
     assert!(!output.status.success(), "helm uninstalled a driver that is in use");
     let said = cluster.kube.run(&format!("logs -n {SYSTEM} job/sealmount-uninstall")).await;

@@ -10,12 +10,13 @@ use base64::Engine as _;
 use rustix::process::Signal;
 use rustix::thread::set_thread_res_uid;
 use sealmount::csi::proto::csi::{GetPluginInfoRequest, ProbeRequest, identity_client::IdentityClient};
+use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tonic::Code;
 
-use crate::lab::canary;
 use crate::lab::kubelet::{PodSpec, dial, inode};
 use crate::lab::node::{Node, Options, binary, signal_process};
+use crate::lab::{ApiServer, canary};
 use crate::secret::{pod, read};
 
 pub(crate) const SOON: Duration = Duration::from_secs(20);
@@ -335,4 +336,63 @@ async fn an_unpublish_does_not_wait_for_an_api_server_that_hangs() {
     // Unavailable would say that it was waited for.
     assert_eq!(published.unwrap_err().code(), Code::Aborted);
     assert_eq!(node.mounts().len(), 0);
+}
+
+#[tokio::test]
+async fn a_pod_that_changes_under_its_volume_is_told_at_once_and_keeps_it() {
+    let api = ApiServer::start().await;
+    let dir = tempfile::tempdir().unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let file = dir.path().join("kubeconfig");
+    // The worker reads no CA of the system's; this server speaks plain HTTP.
+    let mut kubeconfig: Value = serde_json::from_str(&api.kubeconfig()).unwrap();
+    let ca = base64::engine::general_purpose::STANDARD.encode(crate::lab::Authority::new().pem());
+    kubeconfig["clusters"][0]["cluster"]["certificate-authority-data"] = json!(ca);
+    fs::write(&file, kubeconfig.to_string()).unwrap();
+    let waiver = "{code: SM170, namespace: payments, container: logs, until: 2099-12-31, reason: moves in March}";
+    let options = Options::new(&format!("version: 1\npolicy: {{waivers: [{waiver}]}}\n"));
+    let options = options.arg("--pods-from").arg("api").arg("--kubeconfig").arg(file.to_str().unwrap());
+    let (node, kubelet) = Node::start(options).await;
+    let logs = json!({
+        "name": "logs", "image": "registry.example/logs:1", "securityContext": {"runAsUser": 1001},
+        "volumeMounts": [{"name": "host", "mountPath": "/host"}],
+    });
+    let pod = pod("watched");
+    let pod = pod.set("/spec/volumes/1", json!({"name": "host", "hostPath": {"path": "/run"}}));
+    let mut pod = pod.set("/spec/containers/2", logs);
+    api.put(&pod.manifest);
+    kubelet.publish(&pod, "creds").await.unwrap();
+    let told = async |reason: &str, said: &str| {
+        let events = api.events();
+        let of_pod = |event: &&Value| event["involvedObject"]["name"] == "watched" && event["reason"] == reason;
+        events.iter().filter(of_pod).any(|event| event["message"].as_str().unwrap().contains(said))
+    };
+    until("the waived refusal", &node, async || told("SealmountWaived", "SM170 spec.volumes[1].hostPath.path").await)
+        .await;
+    until("its metric", &node, async || {
+        metrics(&node).await.contains("sealmount_waived_refusals_total{code=\"SM170\"} 1")
+    })
+    .await;
+
+    // A label matters not; a debug container that mounts the volume does, and no publish comes meanwhile.
+    pod = pod.set("/metadata/labels/version", json!("2"));
+    api.put(&pod.manifest);
+    let debugger = json!({
+        "name": "debugger", "image": "busybox", "volumeMounts": [{"name": "creds", "mountPath": "/mnt"}],
+    });
+    let pod = pod.set("/spec/ephemeralContainers", json!([debugger]));
+    api.put(&pod.manifest);
+    let field = "SM130 spec.ephemeralContainers[0].volumeMounts[0]";
+    until("the refusal", &node, async || told("SealmountRefused", field).await).await;
+    assert!(status(&node).contains("SM130"), "{}", status(&node));
+    let page = metrics(&node).await;
+    assert!(page.contains("sealmount_refusals_total{code=\"SM130\"} 1"), "{page}");
+    assert!(node.log().contains("would be refused now, and is kept"), "{}", node.log());
+    assert_eq!(read(&kubelet, &pod, "username"), "app");
+    // Told once, however often it is published.
+    for _ in 0..3 {
+        kubelet.publish(&pod, "creds").await.unwrap();
+    }
+    assert!(metrics(&node).await.contains("sealmount_refusals_total{code=\"SM130\"} 1"));
+    kubelet.unpublish(&pod, "creds").await.unwrap();
 }

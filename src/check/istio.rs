@@ -19,7 +19,9 @@ pub(super) fn inject(pod: &mut Json, how: Proxy) {
     let said = |map: &str, key: &str| at(pod, &["metadata", map, key])?.as_str().map(str::to_owned);
     let annotation = |key: &str| said("annotations", &format!("sidecar.istio.io/{key}"));
     let declined = [annotation("inject"), said("labels", "sidecar.istio.io/inject")];
-    if declined.iter().flatten().any(|value| value == "false") {
+    // In ambient mode no proxy stands in the pod.
+    let ambient = said("labels", "istio.io/dataplane-mode").is_some_and(|mode| mode == "ambient");
+    if ambient || declined.iter().flatten().any(|value| value == "false") {
         return;
     }
     let lists = ["initContainers", "containers"].into_iter().filter_map(|list| at(pod, &["spec", list])?.as_array());
@@ -118,6 +120,11 @@ mod tests {
         let before = declined.clone();
         inject(&mut declined, Proxy::Native);
         assert_eq!(declined, before);
+        let mut ambient = pod(&json!({}));
+        ambient["metadata"]["labels"] = json!({"istio.io/dataplane-mode": "ambient"});
+        let before = ambient.clone();
+        inject(&mut ambient, Proxy::Native);
+        assert_eq!(ambient, before);
         for mounts in ["[{\"name\": \"db\", \"mountPath\": \"/db\"}]", "{\"db\": {\"mountPath\": \"/db\"}}"] {
             let mut told = pod(&json!({
                 "sidecar.istio.io/userVolumeMount": mounts, "sidecar.istio.io/interceptionMode": "TPROXY",
