@@ -136,7 +136,7 @@ fn all_on() -> Value {
         },
         "configFiles": {"ca.pem": "-----BEGIN CERTIFICATE-----\n"},
         "podsFrom": "api",
-        "admission": {"action": "Warn", "excludeNamespaces": ["a", "b"]},
+        "admission": {"excludeNamespaces": ["a", "b"]},
         "allowSwap": true,
         "metrics": {"enabled": true},
         "hostAliases": [{"ip": "10.0.0.1", "hostnames": ["vault.example"]}],
