@@ -51,6 +51,7 @@ impl Admin for AdminService {
             worker_restarts: self.health.worker_restarts,
             registered: self.health.registered.load(Ordering::Relaxed),
             config: self.health.config_fault(),
+            config_in_force: self.publisher.has_config(),
             broker: self.broker_fault().await,
             volumes: self.publisher.status().into_iter().map(volume).collect(),
         }))

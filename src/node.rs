@@ -195,8 +195,11 @@ pub async fn run(options: Options, inherited: Inherited) -> Result<End, NodeErro
     let mut seen = options.config.as_deref().map(fingerprint);
 
     let guard = Arc::clone(&publisher);
-    tokio::spawn(async move { guard.guard().await });
+    let mut guard = tokio::spawn(async move { guard.guard().await });
 
+    if cfg!(feature = "waive-anything") {
+        tracing::error!("this build may waive what is never waived: it is for the lab alone");
+    }
     broker.ready().await?;
     tracing::info!(node = options.node_name, restarts, "serving");
     let end = loop {
@@ -206,6 +209,8 @@ pub async fn run(options: Options, inherited: Inherited) -> Result<End, NodeErro
             Some(_) = refusals.recv() => break Ok(End::RegistrationRefused),
             ended = &mut csi => break ended_early(ended),
             ended = &mut registration => break ended_early(ended),
+            // It never ends by itself: a worker that is started again guards again.
+            _ = &mut guard => break Ok(End::Stopped),
             _ = hangup.recv() => reload(&options, &publisher, &health, &metrics),
             _ = look_at_config.tick() => {
                 let now = options.config.as_deref().map(fingerprint);

@@ -150,12 +150,8 @@ impl Pods {
 
     /// Waits until some pod of this node is another than it was at `seen`, and sets `seen`. Manifests do not change.
     pub async fn changed(&self, seen: &mut u64) {
-        let changes = match &self.source {
-            Source::Api(api) => api.changes(),
-            Source::Kubelet(kubelet) => kubelet.changes(),
-            Source::Manifest(_) => return std::future::pending().await,
-        };
-        let mut changes = changes.subscribe();
+        let Some(cache) = self.cache() else { return std::future::pending().await };
+        let mut changes = cache.changes.subscribe();
         let now = changes.wait_for(|now| now != seen).await.map(|now| *now);
         match now {
             Ok(now) => *seen = now,
@@ -165,13 +161,17 @@ impl Pods {
     }
 
     /// The facts of `pod` as the watch has them; `None` if it has none that are current. Asks nobody.
-    pub async fn known(&self, pod: &PodRef) -> Option<Arc<PodFacts>> {
-        let found = match &self.source {
-            Source::Api(api) => api.known(pod).await,
-            Source::Kubelet(kubelet) => kubelet.known(pod).await,
+    pub fn known(&self, pod: &PodRef) -> Option<Arc<PodFacts>> {
+        self.cache()?.known(pod)?.facts.ok().filter(|facts| facts.pod.uid == pod.uid)
+    }
+
+    /// What a watch keeps up to date; manifests are read when they are asked for.
+    fn cache(&self) -> Option<&Cache> {
+        match &self.source {
+            Source::Api(api) => Some(&api.cache),
+            Source::Kubelet(kubelet) => Some(&kubelet.cache),
             Source::Manifest(_) => None,
-        };
-        found?.facts.ok().filter(|facts| facts.pod.uid == pod.uid)
+        }
     }
 
     /// The facts of `pod`, from the cache if a watch holds it. They are of this UID, of this node, and of the service
@@ -217,7 +217,7 @@ fn with_causes(mut text: String, error: &dyn Error) -> String {
 }
 
 /// A pod as a source describes it: who it is, and its facts or why they cannot be had.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 struct Described {
     namespace: String,
     name: String,
@@ -268,13 +268,23 @@ impl Cache {
     }
 
     fn set(&self, state: State) {
-        self.state.send_replace(state);
+        let before = self.state.send_replace(state);
+        // Who looked while nothing could be given out has to look again.
+        if state == State::Live && before != State::Live {
+            self.count();
+        }
     }
 
     /// What a whole list brought; the cache is live with it.
     fn replace(&self, pods: impl IntoIterator<Item = Described>) {
-        let pods = pods.into_iter().filter(wanted).map(|pod| ((pod.namespace.clone(), pod.name.clone()), pod));
-        *self.lock() = pods.collect();
+        let mut known = self.lock();
+        let mut before = std::mem::take(&mut *known);
+        for pod in pods.into_iter().filter(wanted) {
+            let key = (pod.namespace.clone(), pod.name.clone());
+            let same = before.remove(&key).filter(|before| *before == pod);
+            known.insert(key, same.unwrap_or(pod));
+        }
+        drop(known);
         self.set(State::Live);
         self.count();
     }
@@ -285,11 +295,14 @@ impl Cache {
 
     fn put(&self, pod: Described) {
         let key = (pod.namespace.clone(), pod.name.clone());
-        if wanted(&pod) {
-            self.lock().insert(key, pod);
+        let mut known = self.lock();
+        if !wanted(&pod) {
+            known.remove(&key);
+        } else if known.get(&key) != Some(&pod) {
+            // Most changes of a pod are of its status, which no rule looks at: they wake nobody.
+            known.insert(key, pod);
+            drop(known);
             self.count();
-        } else {
-            self.lock().remove(&key);
         }
     }
 
@@ -306,7 +319,13 @@ impl Cache {
     async fn find(&self, pod: &PodRef) -> Option<Described> {
         let mut state = self.state.subscribe();
         let _ = tokio::time::timeout(FIRST_LIST, state.wait_for(|state| *state != State::Starting)).await;
-        if *state.borrow() != State::Live {
+        drop(state);
+        self.known(pod)
+    }
+
+    /// The pod of that name, if the cache is live.
+    fn known(&self, pod: &PodRef) -> Option<Described> {
+        if *self.state.borrow() != State::Live {
             return None;
         }
         self.lock().get(&(pod.namespace.clone(), pod.name.clone())).cloned()
@@ -702,6 +721,37 @@ mod tests {
         assert_eq!(cache.lock().len(), 1);
         cache.remove(&pod);
         assert!(cache.lock().is_empty());
+    }
+
+    #[test]
+    fn who_waits_for_a_change_is_woken_by_one_and_by_the_end_of_a_gap() {
+        let cache = Cache::new();
+        let pod = manifest::parse(YAML).unwrap().remove(0);
+        let seen = cache.changes.subscribe();
+        let count = || *seen.borrow();
+        cache.replace([pod.clone()]);
+        let listed = count();
+        let facts = |cache: &Cache| cache.lock().values().next().unwrap().facts.clone().unwrap();
+        let first = facts(&cache);
+
+        // The same again, and the same in a new list: what is kept is the same thing.
+        cache.put(manifest::parse(YAML).unwrap().remove(0));
+        assert_eq!(count(), listed);
+        cache.replace(manifest::parse(YAML).unwrap());
+        assert!(Arc::ptr_eq(&first, &facts(&cache)));
+
+        let listed = count();
+        cache.put(manifest::parse(&YAML.replace("readOnly: true", "readOnly: false")).unwrap().remove(0));
+        assert!(count() > listed);
+        assert!(!Arc::ptr_eq(&first, &facts(&cache)));
+
+        // A change that came before a watch was renewed was not given out: it has to be looked at now.
+        let changed = count();
+        cache.set(State::Live);
+        assert_eq!(count(), changed);
+        cache.set(State::Lost);
+        cache.set(State::Live);
+        assert!(count() > changed);
     }
 
     #[test]

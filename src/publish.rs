@@ -20,9 +20,8 @@ use crate::events::Events;
 use crate::metrics::{Metrics, Outcome};
 use crate::pods::{Pods, PodsError};
 use crate::policy::facts::PodFacts;
-use crate::policy::{self, Grant};
-use crate::request::files::Location;
-use crate::request::{Fault, PodRef, Publish, Refresh, VolumeId, summary};
+use crate::policy::{self, Grant, Warning};
+use crate::request::{Claim, Fault, PodRef, Publish, Refresh, VolumeId, summary};
 use crate::schedule::{Interval, Pace};
 use crate::secret::{Tag, TagKey};
 use crate::source::{Blame, Payload, SourceError, Sources};
@@ -118,6 +117,11 @@ impl Publisher {
         locked(&self.config).clone().ok_or(PublishError::NoConfig)
     }
 
+    /// Whether a platform file is in force; without one nothing new is published.
+    pub fn has_config(&self) -> bool {
+        locked(&self.config).is_some()
+    }
+
     /// Takes a new file; calls under way end with the one they began with.
     pub fn reload(&self, config: Config) {
         *locked(&self.config) = Some(Arc::new(config));
@@ -136,7 +140,7 @@ impl Publisher {
         }
         // A volume that stands is answered soon in any case.
         let mut place = None;
-        if !stands && reads_vault(&publish) {
+        if !stands && publish.claim.reads_vault() {
             place = Arc::clone(&self.waiting).try_acquire_owned().ok();
             if place.is_none() {
                 self.drop_slot(&publish.volume);
@@ -188,18 +192,19 @@ impl Publisher {
     async fn first(&self, slot: &Slot, publish: &Publish) -> Result<Volume, PublishError> {
         let config = self.config()?;
         let facts = self.facts(slot, publish).await?;
-        let (grant, warnings) =
-            policy::judge(&publish.volume, &publish.claim, &facts, &config.policy, SystemTime::now())
-                .map_err(|refusals| self.refused(&publish.pod, refusals))?;
-        let mut warned = BTreeSet::new();
-        self.warn(&publish.volume, &publish.pod, warnings, &mut warned);
-        let interval = interval(publish, &config).map_err(|fault| self.refused(&publish.pod, vec![fault]))?;
+        let (grant, _) = self.granted(publish, &facts, &config)?;
+        let interval = interval(&publish.claim, &config).map_err(|fault| self.refused(&publish.pod, vec![fault]))?;
         let payload = self.fetch(slot, &grant, publish, &config, FETCH_FOR).await?;
+        // Half a minute may have gone by, and the pod may have got a debug container in it.
+        let facts = self.pods.known(&publish.pod).unwrap_or(facts);
+        let (grant, warnings) = self.granted(publish, &facts, &config)?;
         let key = Client::new_key()?;
         let tag = tag_of(&key, &payload);
         let now = SystemTime::now();
         let note = Note::new(publish, connection(publish, &config), now);
         self.commit(&grant, &config, (key, tag), &note, &payload).await?;
+        let mut warned = BTreeSet::new();
+        self.warn(&publish.volume, &publish.pod, warnings, &mut warned);
         let (owner, files) = (grant.owner().uid, payload.files.len());
         tracing::info!(pod = %publish.pod, volume = %publish.volume, owner, readers = ?grant.readers(), files, "published");
         Ok(Volume {
@@ -216,6 +221,7 @@ impl Publisher {
             failing: None,
             refused: None,
             claim: Some(publish.claim.clone()),
+            judged: Some((facts, config)),
             warned,
             stale: false,
             bytes: bytes(&payload),
@@ -223,16 +229,25 @@ impl Publisher {
         })
     }
 
+    fn granted(
+        &self,
+        publish: &Publish,
+        facts: &PodFacts,
+        config: &Config,
+    ) -> Result<(Grant, Vec<Warning>), PublishError> {
+        policy::judge(&publish.volume, &publish.claim, facts, &config.policy, SystemTime::now())
+            .map_err(|refusals| self.refused(&publish.pod, refusals))
+    }
+
     /// A publish of a standing volume: it always ends well. What goes wrong is reported, and the old content stays.
     async fn again(&self, slot: &Slot, volume: &mut Volume, publish: &Publish) -> Outcome {
         // Without a valid file there is nothing to judge or fetch by; the volume stands.
         let Ok(config) = self.config() else { return Outcome::Kept };
-        let interval = interval(publish, &config);
-        self.judge_again(slot, volume, publish, &config, interval.as_ref().err()).await;
-        if let Ok(interval) = interval {
+        self.judge_again(slot, volume, publish, &config).await;
+        if let Ok(interval) = interval(&publish.claim, &config) {
             volume.pace.set_interval(interval);
         }
-        let vault = reads_vault(publish);
+        let vault = publish.claim.reads_vault();
         let secret = secret_tag(&volume.key, publish);
         let unknown = volume.note.as_ref().is_none_or(|note| note.digest != publish.claim.digest);
         let secret_changed = publish.secret.is_some() && secret != volume.secret_tag;
@@ -311,13 +326,14 @@ impl Publisher {
         slot: &Slot,
         volume: &mut Volume,
         publish: &Publish,
-        config: &Config,
-        fault: Option<&Fault>,
+        config: &Arc<Config>,
     ) {
         volume.claim = Some(publish.claim.clone());
+        // What a note said of it may have been written by a worker that was taken over.
+        volume.pod = publish.pod.clone();
         // Facts away are no reason to say anything about a volume that stands.
         let Ok(facts) = self.facts(slot, publish).await else { return };
-        self.judge_standing(&publish.volume, volume, &facts, config, fault);
+        self.judge_standing(&publish.volume, volume, &facts, config);
     }
 
     /// Fetches a standing volume's content and swaps it in if it changed.
@@ -332,7 +348,7 @@ impl Publisher {
         let payload = self.fetch(slot, grant, publish, config, REFRESH_FOR).await?;
         let tag = tag_of(&volume.key, &payload);
         // What the kubelet brings is compared in memory. What Vault confirms is noted, so that a restart knows its age.
-        if volume.tag == Some(tag) && !reads_vault(publish) {
+        if volume.tag == Some(tag) && !publish.claim.reads_vault() {
             return Ok(Outcome::Unchanged);
         }
         let note = Note::new(publish, connection(publish, config), SystemTime::now());
@@ -496,23 +512,18 @@ impl Publisher {
     }
 }
 
-fn reads_vault(publish: &Publish) -> bool {
-    let files = publish.claim.files.as_ref();
-    files.is_some_and(|files| files.locations().any(|location| matches!(location, Location::Vault { .. })))
-}
-
 /// The connection's name, if any entry comes from Vault and the platform's file has it.
 fn connection(publish: &Publish, config: &Config) -> Option<String> {
-    let vault = reads_vault(publish).then(|| config.connection(&publish.claim));
+    let vault = publish.claim.reads_vault().then(|| config.connection(&publish.claim));
     vault.and_then(Result::ok).map(|connection| connection.name.clone())
 }
 
 /// What drives the volume's refreshes. An interval outside the connection's bounds is a fault of the pod's.
-fn interval(publish: &Publish, config: &Config) -> Result<Interval, Fault> {
-    if !reads_vault(publish) {
+fn interval(claim: &Claim, config: &Config) -> Result<Interval, Fault> {
+    if !claim.reads_vault() {
         return Ok(Interval::Kubelet);
     }
-    let refresh = config.connection(&publish.claim).and_then(|connection| connection.refresh(&publish.claim));
+    let refresh = config.connection(claim).and_then(|connection| connection.refresh(claim));
     refresh.map(|refresh| match refresh {
         Refresh::Every(every) => Interval::Every(every),
         Refresh::Never => Interval::Never,

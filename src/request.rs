@@ -336,6 +336,15 @@ pub struct Claim {
     pub digest: [u8; 32],
 }
 
+impl Claim {
+    /// Whether any entry of `files` comes from Vault.
+    pub fn reads_vault(&self) -> bool {
+        self.files.as_ref().is_some_and(|files| {
+            files.locations().any(|location| matches!(location, files::Location::Vault { .. }))
+        })
+    }
+}
+
 /// A digest over attributes but the reserved ones, so that the attributes of a call can be compared with those of
 /// the pod's spec after both were parsed.
 pub fn attributes_digest<'a>(attributes: impl IntoIterator<Item = (&'a str, &'a str)>) -> [u8; 32] {

@@ -115,7 +115,7 @@ fn probe(node: &Node, what: &str) -> Result<(), String> {
 
 #[tokio::test]
 async fn the_probes_fail_for_what_they_are_about_and_for_nothing_else() {
-    let node = Node::spawn(Options::new("version: 1\n"));
+    let mut node = Node::spawn(Options::new("version: 1\n"));
     let kubelet = node.kubelet();
     until("it serves", &node, async || probe(&node, "live").is_ok()).await;
     let said = probe(&node, "ready").unwrap_err();
@@ -135,7 +135,12 @@ async fn the_probes_fail_for_what_they_are_about_and_for_nothing_else() {
     }
     assert_eq!(probe(&node, "ready"), Ok(()));
 
+    // A running driver keeps the file it has and stays ready; one that starts with the bad one has none.
     node.write_config("version: 1\nlimits: {filse: 3}\n");
+    until("the fault", &node, async || status(&node).contains("was not taken")).await;
+    assert_eq!((probe(&node, "live"), probe(&node, "ready")), (Ok(()), Ok(())));
+    node.restart(Signal::TERM);
+    kubelet.register(SOON).await.unwrap();
     until("the fault", &node, async || probe(&node, "ready").is_err_and(|said| said.contains("filse"))).await;
     assert_eq!(probe(&node, "live"), Ok(()));
 }
@@ -338,21 +343,25 @@ async fn an_unpublish_does_not_wait_for_an_api_server_that_hangs() {
     assert_eq!(node.mounts().len(), 0);
 }
 
-#[tokio::test]
-async fn a_pod_that_changes_under_its_volume_is_told_at_once_and_keeps_it() {
-    let api = ApiServer::start().await;
-    let dir = tempfile::tempdir().unwrap();
-    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
-    let file = dir.path().join("kubeconfig");
+/// A driver that has its pod facts from this API server, by a kubeconfig in `dir`.
+pub(crate) fn watching(api: &ApiServer, dir: &Path, options: Options) -> Options {
+    fs::set_permissions(dir, fs::Permissions::from_mode(0o755)).unwrap();
+    let file = dir.join("kubeconfig");
     // The worker reads no CA of the system's; this server speaks plain HTTP.
     let mut kubeconfig: Value = serde_json::from_str(&api.kubeconfig()).unwrap();
     let ca = base64::engine::general_purpose::STANDARD.encode(crate::lab::Authority::new().pem());
     kubeconfig["clusters"][0]["cluster"]["certificate-authority-data"] = json!(ca);
     fs::write(&file, kubeconfig.to_string()).unwrap();
+    options.arg("--pods-from").arg("api").arg("--kubeconfig").arg(file.to_str().unwrap())
+}
+
+#[tokio::test]
+async fn a_pod_that_changes_under_its_volume_is_told_at_once_and_keeps_it() {
+    let api = ApiServer::start().await;
     let waiver = "{code: SM170, namespace: payments, container: logs, until: 2099-12-31, reason: moves in March}";
     let options = Options::new(&format!("version: 1\npolicy: {{waivers: [{waiver}]}}\n"));
-    let options = options.arg("--pods-from").arg("api").arg("--kubeconfig").arg(file.to_str().unwrap());
-    let (node, kubelet) = Node::start(options).await;
+    let dir = tempfile::tempdir().unwrap();
+    let (node, kubelet) = Node::start(watching(&api, dir.path(), options)).await;
     let logs = json!({
         "name": "logs", "image": "registry.example/logs:1", "securityContext": {"runAsUser": 1001},
         "volumeMounts": [{"name": "host", "mountPath": "/host"}],

@@ -14,8 +14,8 @@ use tonic::Code;
 
 use crate::lab::kubelet::{PodSpec, is_mounted};
 use crate::lab::node::{Node, Options};
-use crate::lab::{Authority, Issuer, Reply, Seen, Server};
-use crate::life::{kept_out, metrics, status, until};
+use crate::lab::{ApiServer, Authority, Issuer, Reply, Seen, Server};
+use crate::life::{kept_out, metrics, status, until, watching};
 use crate::openbao::{AUDIENCE, Vault, connection, none_in_memory, options, platform, pod, refused};
 use crate::secret::{pod as secret_pod, read};
 
@@ -361,6 +361,30 @@ async fn a_login_that_nobody_waits_for_any_more_is_revoked_when_it_comes() {
         assert_eq!((count("/login"), count("/revoke-self")), (before.0 + 1, before.1 + 1));
         assert!(server.seen().iter().all(|seen| !seen.path.contains("canary")), "a read for nobody");
     }
+}
+
+#[tokio::test]
+async fn a_pod_that_changes_while_vault_is_slow_is_judged_as_it_is_by_then() {
+    let (authority, issuer, api) = (Authority::new(), Issuer::new(), ApiServer::start().await);
+    let server = recorded(&authority, String::new(), Arc::new(AtomicBool::new(true)));
+    let mut slow = to(&server.address(), "recorded.pem");
+    slow["timeout"] = json!("20s");
+    let dir = tempfile::tempdir().unwrap();
+    let options = with_files(&platform(&[("recorded", slow)]), authority.pem(), &authority);
+    let (node, kubelet) = Node::start(watching(&api, dir.path(), options)).await;
+    let pod = reads(&issuer, "recorded", "kv1/payments/slow");
+    api.put(&pod.manifest);
+    let debugger = json!([{"name": "debugger", "image": "b", "volumeMounts": [{"name": "creds", "mountPath": "/m"}]}]);
+    let debugged = pod.clone().set("/spec/ephemeralContainers", debugger);
+    let change = async {
+        let asked = async || server.seen().iter().any(|seen| seen.path.ends_with("/slow"));
+        until("Vault is asked", &node, asked).await;
+        api.put(&debugged.manifest);
+    };
+    let (published, ()) = tokio::join!(kubelet.publish(&pod, "creds"), change);
+    let refused = published.unwrap_err();
+    assert!(refused.message().contains("SM130 spec.ephemeralContainers[0].volumeMounts[0]"), "{refused:?}");
+    assert_eq!(node.mounts().len(), 0);
 }
 
 /// More volumes than the driver takes calls at one time wait for a Vault that hangs.

@@ -21,7 +21,7 @@ pub(super) struct Flags {
 enum What {
     /// Do both processes answer?
     Live,
-    /// Did the kubelet register the driver, and is the newest platform file in force?
+    /// Did the kubelet register the driver, and is a platform file in force?
     Ready,
 }
 
@@ -41,8 +41,9 @@ fn fault(what: What, status: &StatusResponse) -> Option<String> {
     match what {
         What::Live if !status.broker.is_empty() => Some(format!("the half that mounts: {}", status.broker)),
         What::Ready if !status.registered => Some("the kubelet has not registered the driver".to_owned()),
-        // So that a rolling update with a bad file ends at the first nodes. What was in force stays in force.
-        What::Ready if !status.config.is_empty() => Some(format!("the platform file was not taken: {}", status.config)),
+        // A new pod with a bad file has none, and the update ends there. One that still has the file before it stays
+        // ready: the controller would replace every pod that is not, whatever maxUnavailable says.
+        What::Ready if !status.config_in_force => Some(format!("the platform file was not taken: {}", status.config)),
         What::Live | What::Ready => None,
     }
 }
@@ -53,17 +54,19 @@ mod tests {
 
     #[test]
     fn each_question_has_its_own_answer() {
-        let status = |broker: &str, registered, config: &str| StatusResponse {
+        let status = |broker: &str, registered, config: &str, config_in_force| StatusResponse {
             broker: broker.to_owned(),
             registered,
             config: config.to_owned(),
+            config_in_force,
             ..StatusResponse::default()
         };
         for (status, live, ready) in [
-            (status("", true, ""), true, true),
-            (status("", false, ""), true, false),
-            (status("gone", true, ""), false, true),
-            (status("", true, "line 3: unknown field"), true, false),
+            (status("", true, "", true), true, true),
+            (status("", false, "", true), true, false),
+            (status("gone", true, "", true), false, true),
+            (status("", true, "line 3: unknown field", false), true, false),
+            (status("", true, "line 3: unknown field", true), true, true),
         ] {
             assert_eq!(fault(What::Live, &status).is_none(), live, "{status:?}");
             assert_eq!(fault(What::Ready, &status).is_none(), ready, "{status:?}");

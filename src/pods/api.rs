@@ -79,7 +79,7 @@ const PAGE: u32 = 50;
 /// The pods of one node.
 pub struct Api {
     client: Client,
-    cache: Arc<Cache>,
+    pub(super) cache: Arc<Cache>,
     _watch: Task,
 }
 
@@ -95,14 +95,6 @@ impl Api {
         let selector = format!("spec.nodeName={node}");
         let watch = Task(tokio::spawn(watch(client.clone(), selector, Arc::clone(&cache))));
         Self { client, cache, _watch: watch }
-    }
-
-    pub(super) fn changes(&self) -> &tokio::sync::watch::Sender<u64> {
-        &self.cache.changes
-    }
-
-    pub(super) async fn known(&self, pod: &PodRef) -> Option<Described> {
-        self.cache.find(pod).await
     }
 
     pub(super) async fn find(&self, pod: &PodRef) -> Result<Arc<PodFacts>, PodsError> {
@@ -184,13 +176,14 @@ async fn watch(client: Client, selector: String, cache: Arc<Cache>) {
         let listed = list(&pods, &selector).await;
         let broken = match listed {
             Ok((known, version)) => {
-                if told {
-                    info!("the API server's pods are watched again");
-                    told = false;
-                }
-                backoff.reset();
-                cache.replace(known);
-                follow(&pods, &selector, version, &cache).await
+                let watched = || {
+                    if told {
+                        info!("the API server's pods are watched again");
+                        told = false;
+                    }
+                    backoff.reset();
+                };
+                follow(&pods, &selector, (known, version), &cache, watched).await
             }
             Err(broken) => broken,
         };
@@ -220,9 +213,18 @@ async fn list(pods: &kube::Api<Pod>, selector: &str) -> Result<(Vec<Described>, 
     }
 }
 
-/// Follows the changes after `version` until the watch has to begin anew.
-async fn follow(pods: &kube::Api<Pod>, selector: &str, mut version: String, cache: &Cache) -> Broken {
+/// Takes a list and follows the changes after its version until the watch has to begin anew; `watched` is called when
+/// it stands.
+async fn follow(
+    pods: &kube::Api<Pod>,
+    selector: &str,
+    (known, mut version): (Vec<Described>, String),
+    cache: &Cache,
+    watched: impl FnOnce(),
+) -> Broken {
     let params = WatchParams::default().fields(selector).timeout(WATCH_SECONDS);
+    let mut watched = Some(watched);
+    cache.replace(known);
     loop {
         let begun = Instant::now();
         let stream = match timeout(CALL_TIME, pods.watch(&params, &version)).await {
@@ -231,6 +233,9 @@ async fn follow(pods: &kube::Api<Pod>, selector: &str, mut version: String, cach
             Err(_) => return Broken::Silent(CALL_TIME),
         };
         cache.set(State::Live);
+        if let Some(watched) = watched.take() {
+            watched();
+        }
         let mut stream = pin!(stream);
         loop {
             match timeout(SILENCE, stream.try_next()).await {

@@ -86,7 +86,7 @@ pub(super) async fn probe(connect: &Connect) -> Result<(), String> {
 #[derive(Debug)]
 pub struct Kubelet {
     client: PodsClient<Channel>,
-    cache: Arc<Cache>,
+    pub(super) cache: Arc<Cache>,
     _watch: Task,
 }
 
@@ -96,14 +96,6 @@ impl Kubelet {
         let cache = Cache::new();
         let watch = Task(tokio::spawn(watch(client.clone(), Arc::clone(&cache))));
         Self { client, cache, _watch: watch }
-    }
-
-    pub(super) fn changes(&self) -> &tokio::sync::watch::Sender<u64> {
-        &self.cache.changes
-    }
-
-    pub(super) async fn known(&self, pod: &PodRef) -> Option<Described> {
-        self.cache.find(pod).await
     }
 
     pub(super) async fn find(&self, pod: &PodRef) -> Result<Arc<PodFacts>, PodsError> {
@@ -181,11 +173,8 @@ async fn follow(client: &mut PodsClient<Channel>, cache: &Cache, synced: impl Fn
         }
         let pod = match decode(&event.pod) {
             Ok(pod) => pod,
-            Err(fault) => {
-                // GetPod says the same to whoever asks for this pod.
-                warn!(fault, "the kubelet described a pod that cannot be read");
-                continue;
-            }
+            // It may be a change of a pod that is known: what is kept of it would be old.
+            Err(fault) => return Status::internal(format!("the kubelet described a pod that cannot be read: {fault}")),
         };
         match (kind, &mut first) {
             (proto::EventType::Added | proto::EventType::Modified, Some(first)) => {

@@ -3,14 +3,15 @@
 //! Nothing is taken away (the promise P3): an event on the pod, a line in the log and a metric say it, once.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use super::Publisher;
+use super::{Publisher, interval};
 use super::volume::{Volume, locked};
 use crate::config::Config;
 use crate::policy::facts::PodFacts;
 use crate::policy::{self, Warning};
-use crate::request::{Fault, PodRef, VolumeId, summary};
+use crate::request::{Code, Fault, PodRef, VolumeId, summary};
 
 /// Changes that come together are looked at together: a pod's start is a dozen of them.
 const GATHER: Duration = Duration::from_millis(250);
@@ -24,51 +25,51 @@ impl Publisher {
         loop {
             self.pods.changed(&mut seen).await;
             tokio::time::sleep(GATHER).await;
-            while !self.judge_all().await {
+            while !self.judge_all() {
                 tokio::time::sleep(BUSY).await;
             }
         }
     }
 
-    /// Judges each standing volume whose claim is known; gives whether none was busy.
-    async fn judge_all(&self) -> bool {
+    /// Judges each standing volume whose claim is known and whose pod changed; gives whether none was busy.
+    fn judge_all(&self) -> bool {
         let Ok(config) = self.config() else { return true };
         let slots: Vec<_> = locked(&self.slots).iter().map(|(id, slot)| (id.clone(), slot.clone())).collect();
         let mut all = true;
         for (id, slot) in slots {
             // Who holds the lock may have judged before the change.
             let Ok(mut state) = slot.state.try_lock() else {
-                all &= !slot.stands();
+                all = false;
                 continue;
             };
-            let Some(volume) = state.as_mut().filter(|volume| volume.claim.is_some()) else { continue };
-            if let Some(facts) = self.pods.known(&volume.pod).await {
-                self.judge_standing(&id, volume, &facts, &config, None);
+            let Some(volume) = state.as_mut() else { continue };
+            let Some(facts) = self.pods.known(&volume.pod) else { continue };
+            let same = |(by, file): &(Arc<PodFacts>, Arc<Config>)| Arc::ptr_eq(by, &facts) && Arc::ptr_eq(file, &config);
+            if !volume.judged.as_ref().is_some_and(same) {
+                self.judge_standing(&id, volume, &facts, &config);
                 slot.show(&id, state.as_ref());
             }
         }
         all
     }
 
-    /// What the rules, or the platform's file by `fault`, say now of a standing volume's pod is told once, and changes
-    /// nothing.
+    /// What the rules and the platform's file say now of a standing volume's pod is told once, and changes nothing.
+    /// Until a publish after a restart has said what the pod asks for, there is nothing to judge.
     pub(super) fn judge_standing(
         &self,
         id: &VolumeId,
         volume: &mut Volume,
-        facts: &PodFacts,
-        config: &Config,
-        fault: Option<&Fault>,
+        facts: &Arc<PodFacts>,
+        config: &Arc<Config>,
     ) {
         let Some(claim) = &volume.claim else { return };
+        volume.judged = Some((Arc::clone(facts), Arc::clone(config)));
+        let fault = interval(claim, config).err();
         let (found, codes) = match policy::judge(id, claim, facts, &config.policy, SystemTime::now()) {
             Ok((grant, warnings)) if grant.owner() == volume.owner => {
                 volume.grant = Some(grant);
                 self.warn(id, &volume.pod, warnings, &mut volume.warned);
-                (
-                    fault.map(|fault| summary(std::slice::from_ref(fault))),
-                    fault.map(|fault| fault.code).into_iter().collect(),
-                )
+                (fault.as_ref().map(|fault| summary(std::slice::from_ref(fault))), fault.map(|fault| fault.code).into_iter().collect())
             }
             Ok((grant, _)) => {
                 let text = format!(
@@ -97,8 +98,9 @@ impl Publisher {
     }
 
     /// Tells the warnings that were not told yet, all in one event; one that a waiver made is counted and logged too.
-    pub(super) fn warn(&self, id: &VolumeId, pod: &PodRef, warnings: Vec<Warning>, told: &mut BTreeSet<String>) {
-        let new: Vec<Warning> = warnings.into_iter().filter(|warning| told.insert(warning.to_string())).collect();
+    pub(super) fn warn(&self, id: &VolumeId, pod: &PodRef, warnings: Vec<Warning>, told: &mut BTreeSet<(Code, String)>) {
+        let is_new = |warning: &Warning| told.insert((warning.fault.code, warning.fault.field.clone()));
+        let new: Vec<Warning> = warnings.into_iter().filter(is_new).collect();
         for waived in new.iter().filter(|warning| warning.waived) {
             self.metrics.waived(waived.fault.code);
             tracing::warn!(pod = %pod, volume = %id, "{waived}");

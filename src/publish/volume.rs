@@ -9,8 +9,10 @@ use tokio::sync::{Mutex as AsyncMutex, watch};
 use tokio::time::Instant;
 
 use crate::broker::wire::{MAX_NOTE, Standing as OnNode};
+use crate::config::Config;
 use crate::policy::Grant;
-use crate::request::{Claim, Owner, PodRef, Publish, VolumeId};
+use crate::policy::facts::PodFacts;
+use crate::request::{Claim, Code, Owner, PodRef, Publish, VolumeId};
 use crate::schedule::{Interval, Pace};
 use crate::secret::{Tag, TagKey};
 use crate::source::Payload;
@@ -36,8 +38,10 @@ pub(super) struct Volume {
     pub(super) refused: Option<String>,
     /// What the pod asks for, once a publish has said it: what the guard judges by.
     pub(super) claim: Option<Claim>,
-    /// The warnings its owner was told of.
-    pub(super) warned: BTreeSet<String>,
+    /// The facts and the file of the last judgement: the same give the same.
+    pub(super) judged: Option<(Arc<PodFacts>, Arc<Config>)>,
+    /// The warnings its owner was told of, by code and field: their texts are the author's to change.
+    pub(super) warned: BTreeSet<(Code, String)>,
     pub(super) stale: bool,
     pub(super) bytes: u64,
     pub(super) generation: u64,
@@ -177,6 +181,7 @@ pub(super) fn adopt(found: &OnNode) -> Volume {
         failing: None,
         refused: None,
         claim: None,
+        judged: None,
         warned: BTreeSet::new(),
         stale: false,
         bytes: found.bytes,

@@ -34,6 +34,8 @@ pub const ATTRIBUTES: [&str; 6] = ["vault", "role", "files", "for", "uid", "refr
 const MAX_UID: u32 = 2_147_483_647;
 /// The longest `vault` or `role`, in bytes.
 const MAX_NAME: usize = 253;
+/// The longest `for`, in bytes: some 64 containers. The rules compare each with each.
+const MAX_FOR: usize = 4096;
 
 /// Where a pod's author wrote what is wrong.
 #[derive(Debug)]
@@ -79,11 +81,9 @@ pub fn parse(
     let before = faults.len();
     let mut own: Vec<&str> = context.keys().map(String::as_str).filter(|key| !key.starts_with(RESERVED)).collect();
     own.sort_unstable();
-    for key in own {
-        if !ATTRIBUTES.contains(&key) {
-            let text = format!("there is no such attribute{}", nearest(key, ATTRIBUTES));
-            faults.push(Fault { code: UNKNOWN_ATTRIBUTE, field: field.attribute(key), text });
-        }
+    for key in own.into_iter().filter(|key| !ATTRIBUTES.contains(key)) {
+        let text = format!("there is no such attribute{}", nearest(key, ATTRIBUTES));
+        faults.push(Fault { code: UNKNOWN_ATTRIBUTE, field: field.attribute(key), text });
     }
     let mut attributes = Attributes { context, field, faults };
     let readers = attributes.read("for", FOR, readers);
@@ -165,6 +165,9 @@ fn sources(
 }
 
 fn readers(text: &str) -> Result<Vec<String>, String> {
+    if text.len() > MAX_FOR {
+        return Err(format!("the list is longer than {MAX_FOR} bytes; name only the containers that read"));
+    }
     let mut names: Vec<String> = Vec::new();
     for name in text.split(',').map(str::trim) {
         if name.is_empty() {

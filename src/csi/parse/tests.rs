@@ -277,7 +277,8 @@ fn attributes() {
     let at = |code: &str, name: &str| format!("{code} spec.volumes[db].csi.volumeAttributes.{name}");
     refused(|r| set(r, "vualt", "prod"), &[&at("SM010", "vualt")]);
     says(|r| set(r, "vualt", "prod"), "(did you mean \"vault\"?)");
-    for value in ["", " ", "app,", "app,,b", "app, app", "App", "a.b", "a/b", &"a".repeat(64)] {
+    let long = (0..2_000).map(|number| format!("c{number}")).collect::<Vec<_>>().join(",");
+    for value in ["", " ", "app,", "app,,b", "app, app", "App", "a.b", "a/b", &"a".repeat(64), &long] {
         refused(|r| set(r, "for", value), &[&at("SM011", "for")]);
     }
     assert_eq!(taken(|r| set(r, "for", " app , b")).claim.readers.unwrap(), ["app", "b"]);
