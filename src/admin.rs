@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
@@ -13,7 +13,7 @@ use tonic::transport::Endpoint;
 use tonic::{Request, Response, Status};
 
 use crate::health::Health;
-use crate::publish::{Publisher, VolumeStatus};
+use crate::publish::{Publisher, VolumeStatus, unix};
 
 /// How long the broker may take to answer. Its longest verb copies one volume.
 const BROKER_TIME: Duration = Duration::from_secs(2);
@@ -87,10 +87,6 @@ fn volume(status: VolumeStatus) -> Volume {
         bytes: status.bytes,
         generation: status.generation,
     }
-}
-
-fn unix(time: SystemTime) -> u64 {
-    time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
 /// Why there is no status.

@@ -31,6 +31,8 @@ const PACE: Duration = Duration::from_millis(200);
 const AGAIN: Duration = Duration::from_secs(10 * 60);
 /// How many told events are remembered.
 const REMEMBERED: usize = 1024;
+/// How many of them may be one pod's: its author can change what is said of it, and must not take the others' places.
+const OF_ONE_POD: usize = 32;
 /// The longest one attempt to send may take.
 const SEND_TIME: Duration = Duration::from_secs(5);
 /// Pauses before further attempts, where another attempt may help.
@@ -100,6 +102,11 @@ impl Events {
         if told.lately(&note, Instant::now()) {
             return;
         }
+        if told.of_pod(&note.pod) >= OF_ONE_POD {
+            self.0.metrics.event_dropped();
+            debug!(pod = %note.pod, reason, "an event was dropped: this pod has had many");
+            return;
+        }
         match &self.0.queue {
             None => info!(pod = %note.pod, uid = %note.pod.uid, kind, reason, note = note.text, "event"),
             Some(queue) => {
@@ -128,6 +135,10 @@ impl Told {
             self.forget_oldest();
         }
         self.notes.contains(note)
+    }
+
+    fn of_pod(&self, pod: &PodRef) -> usize {
+        self.order.iter().filter(|(_, note)| note.pod.uid == pod.uid).count()
     }
 
     fn remember(&mut self, note: Note, now: Instant) {
@@ -265,6 +276,25 @@ mod tests {
         assert!(!told.lately(&note("b"), start));
         assert!(!told.lately(&note("a"), start + AGAIN));
         assert!(told.notes.is_empty() && told.order.is_empty());
+    }
+
+    #[tokio::test]
+    async fn one_pod_does_not_take_the_places_of_others() {
+        let metrics = Metrics::new();
+        let (queue, mut notes) = mpsc::channel(QUEUE);
+        let told = Mutex::default();
+        let events = Events(Arc::new(Inner { queue: Some(queue), told, metrics: metrics.clone(), sender: None }));
+        let talks = note("").pod;
+        let other = PodRef { uid: PodUid::parse("u-2").unwrap(), ..talks.clone() };
+        for number in 0..=OF_ONE_POD {
+            events.warning(&talks, "SealmountWarning", number.to_string());
+        }
+        events.warning(&other, "SealmountWarning", "other".into());
+        assert!(metrics.encode().contains("sealmount_events_dropped_total 1\n"));
+        for number in 0..OF_ONE_POD {
+            assert_eq!(notes.recv().await.unwrap().text, number.to_string());
+        }
+        assert_eq!(notes.recv().await.unwrap().text, "other");
     }
 
     #[test]

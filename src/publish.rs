@@ -25,9 +25,9 @@ use crate::request::{Claim, Fault, PodRef, Publish, Refresh, VolumeId, summary};
 use crate::schedule::{Interval, Pace};
 use crate::secret::{Tag, TagKey};
 use crate::source::{Blame, Payload, SourceError, Sources};
-use volume::{Note, Slot, Volume, adopt, jitter, locked, secret_tag, tag_of, unix};
+use volume::{Note, Slot, Volume, adopt, jitter, locked, secret_tag, tag_of};
 
-pub use volume::VolumeStatus;
+pub use volume::{VolumeStatus, unix};
 
 /// How long one fetch may try, in all: the kubelet gives a call 120 s, and a retriable code before that guarantees
 /// an unpublish (design 5.5).

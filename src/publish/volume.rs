@@ -204,7 +204,8 @@ pub(super) fn jitter(key: &TagKey) -> u8 {
     jitter
 }
 
-pub(super) fn unix(time: SystemTime) -> u64 {
+/// Whole seconds since 1970; 0 for a time before.
+pub fn unix(time: SystemTime) -> u64 {
     time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
