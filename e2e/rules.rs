@@ -70,7 +70,8 @@ const CRATES: &[(&[&str], &[&str])] = &[
     ),
     (&["kube", "k8s_openapi"], &["pods/", "events.rs"]),
     (&["vaultrs", "rustify", "reqwest"], &["source/vault.rs", "source/vault/"]),
-    (&["nix", "rustix", "libc"], &["broker/", "harden.rs"]),
+    // `check` asks how wide its terminal is.
+    (&["nix", "rustix", "libc"], &["broker/", "harden.rs", "cli/check.rs"]),
     (&["landlock", "seccompiler"], &["harden.rs"]),
 ];
 
@@ -850,8 +851,8 @@ fn the_tree_holds_no_path_of_a_machine_and_no_note() {
 #[test]
 fn the_tables_of_codes_are_these() {
     for (page, table) in [
-        ("docs/codes.md", sealmount::policy::rules::table(true)),
-        ("README.md", sealmount::policy::rules::table(false)),
+        ("docs/codes.md", sealmount::check::report::rules(true)),
+        ("README.md", sealmount::check::report::rules(false)),
     ] {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(page);
         let text = fs::read_to_string(&path).unwrap();

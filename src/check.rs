@@ -4,24 +4,24 @@
 //! driver would refuse.
 
 mod access;
+mod hint;
 mod istio;
 mod manifest;
 pub mod report;
-mod tree;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::SystemTime;
 
 use serde_json::Value as Json;
 
-use crate::config::Config;
+use crate::config::{Config, Connection};
 use crate::pods::manifest as pods;
 use crate::policy::facts::PodFacts;
 use crate::policy::{self, RULES, Rule, Severity};
 use crate::request::attributes::{self, Field};
-use crate::request::files::{Files, Location};
+use crate::request::files::{Files, Location, VaultPath};
 use crate::request::yaml::Place;
-use crate::request::{DRIVER, Fault, VolumeId, VolumeName};
+use crate::request::{Claim, DRIVER, Fault, PodRef, RESERVED, VolumeId, VolumeName};
 pub use access::Access;
 pub use istio::Proxy;
 
@@ -47,6 +47,8 @@ pub struct Report {
     pub pods: Vec<Checked>,
     /// What could not be read.
     pub unreadable: Vec<Unreadable>,
+    /// What uses the driver and was not judged.
+    pub unjudged: Vec<Unjudged>,
 }
 
 /// A text, or a part of one, that could not be read.
@@ -58,6 +60,19 @@ pub struct Unreadable {
     pub place: Option<Place>,
     /// What was expected.
     pub text: String,
+}
+
+/// An object with a volume of this driver, of a kind that is not built in: where its pods are described is not known.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unjudged {
+    /// The file as it was named; `-` for the standard input.
+    pub file: String,
+    /// Where the object begins.
+    pub place: Place,
+    /// Its kind.
+    pub kind: String,
+    /// Its name.
+    pub name: String,
 }
 
 /// One pod, or the template of one.
@@ -86,9 +101,11 @@ pub struct Finding {
     pub fault: Fault,
     /// Whether the volume is refused.
     pub refuses: bool,
+    /// Whether it would refuse but for a waiver of the platform team's.
+    pub waived: bool,
     /// Where the field stands, or the nearest part above it that does.
     pub place: Option<Place>,
-    /// What to write, as a strategic merge patch of the pod, where that is certain.
+    /// What to write, as a strategic merge patch of the object, where that is certain.
     pub hint: Option<Json>,
 }
 
@@ -100,18 +117,32 @@ impl Finding {
 }
 
 impl Report {
-    /// Checks the pods of a text. What cannot be read is in the report too.
-    pub fn manifest(&mut self, file: &str, text: &str, options: &Options) {
-        match manifest::read(text) {
-            Ok(found) => found.into_iter().for_each(|found| self.one(file, found, options)),
-            Err(fault) => {
-                self.unreadable.push(Unreadable { file: file.into(), place: Some(fault.place), text: fault.text });
-            }
+    /// Checks the pods of a text. What cannot be read is in the report too. `searched` says that nobody named the file:
+    /// then a document that is not of Kubernetes (a chart's values, a kustomization) is passed over.
+    pub fn manifest(&mut self, file: &str, text: &str, searched: bool, options: &Options) {
+        let read = manifest::read(text);
+        for found in read.found {
+            self.one(file, found, options);
         }
+        let kindless = read.kindless.into_iter().filter(|_| !searched);
+        let kindless = kindless.map(|place| (place, "no Kubernetes object: it has no kind".to_owned()));
+        let mut unreadable: Vec<(Place, String)> = read.unreadable.into_iter().chain(kindless).collect();
+        unreadable.sort();
+        let file = || file.to_owned();
+        self.unreadable.extend(unreadable.into_iter().map(|(place, text)| Unreadable {
+            file: file(),
+            place: Some(place),
+            text,
+        }));
+        let unjudged = read.unjudged.into_iter();
+        self.unjudged.extend(unjudged.map(|(place, kind, name)| Unjudged { file: file(), place, kind, name }));
     }
 
-    /// Checks a pod of a cluster.
+    /// Checks a pod of a cluster, unless it has ended: nothing of it can read any more.
     pub fn pod(&mut self, pod: Json, options: &Options) {
+        if has_ended(&pod) {
+            return;
+        }
         let text = |name: &str| text(&pod, &["metadata", name]).unwrap_or_default().to_owned();
         let found = manifest::Found {
             kind: "Pod".into(),
@@ -120,47 +151,46 @@ impl Report {
             pod,
             node: None,
             place: Place { line: 1, column: 1 },
+            path: &[],
         };
         self.one("", found, options);
     }
 
-    fn one(&mut self, file: &str, mut found: manifest::Found, options: &Options) {
+    fn one(&mut self, file: &str, found: manifest::Found, options: &Options) {
+        let mut pod = found.pod.clone();
         if let Some(how) = options.istio {
-            istio::inject(&mut found.pod, how);
+            istio::inject(&mut pod, how);
         }
         let namespace = found.namespace.clone().unwrap_or_else(|| options.namespace.clone());
         let place = |path: &str| found.node.as_ref().map(|node| node.place_of(path));
-        let facts = match pods::facts(found.pod.clone(), &namespace, &found.name) {
+        let facts = match pods::facts(pod, &namespace, &found.name) {
             Ok(facts) => facts,
             Err(misread) => {
-                let what = format!("{} {}: {}: {}", found.kind, found.name, misread.path, misread.text);
+                let name = format!("{} {}", found.kind, found.name);
+                let what = format!("{}: {}: {}", name.trim_end(), misread.path, misread.text);
                 self.unreadable.push(Unreadable { file: file.into(), place: place(&misread.path), text: what });
                 return;
             }
         };
-        let mut findings = Vec::new();
-        let mut readers: HashMap<String, Vec<String>> = HashMap::new();
+        // Only a pod's own manifest says its name.
+        let named = found.kind == "Pod";
+        let mut judged = Judged::default();
         for (name, source) in ours(&found.pod) {
-            let judged = judge(name, source, &facts, options);
-            if let Some(names) = judged.readers {
-                readers.insert(name.to_owned(), names);
-            }
-            let new = judged.faults.into_iter().map(|(fault, refuses)| Finding {
-                place: place(&fault.field),
-                hint: hint(&fault, &found.pod),
-                fault,
-                refuses,
-            });
-            findings.extend(new);
+            judged.volume(name, source, &facts, named, options);
         }
-        let access = access::of(&facts, |volume| readers.get(volume).cloned());
+        let readers = std::mem::take(&mut judged.readers);
+        let mut findings: Vec<Finding> = judged.in_order().into_iter().map(|said| said.finding(place)).collect();
+        let hints: Vec<_> = findings.iter().map(|finding| hint::of(finding, &findings, &found)).collect();
+        for (finding, hint) in findings.iter_mut().zip(hints) {
+            finding.hint = hint;
+        }
         self.pods.push(Checked {
             file: file.to_owned(),
             place: found.node.as_ref().map(|_| found.place),
+            access: access::of(&facts, |volume| readers.get(volume).map(Vec::as_slice)),
             kind: found.kind,
             namespace,
             name: found.name,
-            access,
             findings,
         });
     }
@@ -198,117 +228,156 @@ fn ours(pod: &Json) -> impl Iterator<Item = (&str, &Json)> {
     })
 }
 
+fn has_ended(pod: &Json) -> bool {
+    matches!(text(pod, &["status", "phase"]), Some("Succeeded" | "Failed"))
+}
+
 /// Whether a pod of a cluster has a volume of this driver and has not ended.
 pub fn uses(pod: &Json) -> bool {
-    let ended = matches!(text(pod, &["status", "phase"]), Some("Succeeded" | "Failed"));
-    !ended && ours(pod).next().is_some()
+    !has_ended(pod) && ours(pod).next().is_some()
 }
 
 /// Namespace and name of a pod of a cluster.
-pub fn called(pod: &Json) -> String {
+pub fn full_name(pod: &Json) -> String {
     let text = |name: &str| text(pod, &["metadata", name]).unwrap_or_default();
     format!("{}/{}", text("namespace"), text("name"))
 }
 
+/// What the driver would say of the volumes of one pod.
+#[derive(Default)]
 struct Judged {
-    /// Each with whether it refuses.
-    faults: Vec<(Fault, bool)>,
-    /// Who reads, if the volume is granted.
-    readers: Option<Vec<String>>,
+    /// What it says before it looks at the pod.
+    attributes: Vec<Said>,
+    /// What the rules say.
+    rules: Vec<Said>,
+    /// What the platform file says of Vault.
+    connections: Vec<Said>,
+    /// Who reads, of each volume that is granted.
+    readers: BTreeMap<String, Vec<String>>,
 }
 
-/// What the driver would say of one volume.
-fn judge(name: &str, source: &Json, facts: &PodFacts, options: &Options) -> Judged {
-    let refused = |faults: Vec<Fault>| faults.into_iter().map(|fault| (fault, true)).collect();
-    let context: HashMap<String, String> = source
-        .get("volumeAttributes")
-        .and_then(Json::as_object)
-        .into_iter()
-        .flatten()
-        .map(|(key, value)| (key.clone(), value.as_str().unwrap_or_default().to_owned()))
-        .collect();
-    let has_secret = text(source, &["nodePublishSecretRef", "name"]).is_some_and(|name| !name.is_empty());
-    let mut faults = Vec::new();
-    let claim = attributes::parse(&context, has_secret, &Field::of(name), &mut faults);
-    let (Some(claim), Ok(volume)) = (claim, VolumeName::parse(name)) else {
-        return Judged { faults: refused(faults), readers: None };
-    };
-    if options.platform && (claim.vault.is_some() || claim.files.as_ref().is_some_and(reads_vault)) {
-        let connection = options.config.connection(&claim).and_then(|connection| connection.refresh(&claim));
-        faults.extend(connection.err());
+/// One thing that the driver would say.
+#[derive(PartialEq)]
+struct Said {
+    fault: Fault,
+    refuses: bool,
+    waived: bool,
+    /// The field to look for in the manifest, where the fault's own is not in it.
+    at: Option<String>,
+}
+
+impl Said {
+    fn refusal(fault: Fault) -> Self {
+        Self { fault, refuses: true, waived: false, at: None }
     }
-    let id = VolumeId { pod: facts.pod.uid.clone(), name: volume };
-    let mut judged = Judged { faults: refused(faults), readers: None };
-    match policy::judge(&id, &claim, facts, &options.config.policy, options.now) {
-        Ok((grant, warnings)) => {
-            judged.faults.extend(warnings.into_iter().map(|warning| (warning.fault, false)));
-            judged.readers = Some(grant.readers().to_vec());
-        }
-        Err(refusals) => judged.faults.extend(refusals.into_iter().map(|refusal| (refusal, true))),
+
+    fn finding(self, place: impl Fn(&str) -> Option<Place>) -> Finding {
+        let place = place(self.at.as_deref().unwrap_or(&self.fault.field));
+        Finding { fault: self.fault, refuses: self.refuses, waived: self.waived, place, hint: None }
     }
-    judged
 }
 
-fn reads_vault(files: &Files) -> bool {
-    files.locations().any(|location| matches!(location, Location::Vault { .. }))
-}
-
-/// The change of the pod that a finding asks for, where there is just one.
-fn hint(fault: &Fault, pod: &Json) -> Option<Json> {
-    use serde_json::json;
-    let field = fault.field.as_str();
-    let spec = |value: Json| Some(json!({"spec": value}));
-    let container = || {
-        let (list, rest) = field.strip_prefix("spec.")?.split_once('[')?;
-        let index: usize = rest.split_once(']')?.0.parse().ok()?;
-        let container = at(pod, &["spec", list])?.get(index)?;
-        Some((list, text(container, &["name"])?, container))
-    };
-    let of_container = |change: Json| {
-        let (list, name, _) = container()?;
-        let mut entry = change.as_object()?.clone();
-        entry.insert("name".to_owned(), json!(name));
-        spec(json!({list: [entry]}))
-    };
-    match fault.code.0 {
-        "SM102" | "SM103" => {
-            let index: usize = field.strip_prefix("spec.volumes[")?.split_once(']')?.0.parse().ok()?;
-            let name = text(at(pod, &["spec", "volumes"])?.get(index)?, &["name"])?;
-            let change = if fault.code.0 == "SM102" { json!({"readOnly": true}) } else { json!({"fsType": null}) };
-            spec(json!({"volumes": [{"name": name, "csi": change}]}))
-        }
-        "SM130" => {
-            let (_, _, found) = container()?;
-            let index: usize = field.rsplit_once('[')?.1.trim_end_matches(']').parse().ok()?;
-            let path = text(found.get("volumeMounts")?.get(index)?, &["mountPath"])?;
-            of_container(json!({"volumeMounts": [{"$patch": "delete", "mountPath": path}]}))
-        }
-        "SM131" => spec(json!({"shareProcessNamespace": null})),
-        "SM132" => spec(json!({"hostPID": null})),
-        "SM160" => of_container(json!({"securityContext": {"privileged": null}})),
-        "SM161" | "SM162" | "SM163" | "SM164" | "SM166" => {
-            let (_, _, found) = container()?;
-            let index: usize = field.rsplit_once('[')?.1.trim_end_matches(']').parse().ok()?;
-            let mut added = at(found, &["securityContext", "capabilities", "add"])?.as_array()?.clone();
-            if index >= added.len() {
-                return None;
+impl Judged {
+    /// Judges one volume, in the driver's order: what comes later is said only if nothing before refuses.
+    fn volume(&mut self, name: &str, source: &Json, facts: &PodFacts, named: bool, options: &Options) {
+        let field = Field::of(name);
+        let context: HashMap<String, String> = source
+            .get("volumeAttributes")
+            .and_then(Json::as_object)
+            .into_iter()
+            .flatten()
+            .map(|(key, value)| (key.clone(), value.as_str().unwrap_or_default().to_owned()))
+            .collect();
+        let has_secret = text(source, &["nodePublishSecretRef", "name"]).is_some_and(|name| !name.is_empty());
+        let mut planted: Vec<&String> = context.keys().filter(|key| key.starts_with(RESERVED)).collect();
+        planted.sort();
+        let mut faults: Vec<Fault> = planted.into_iter().map(|key| attributes::reserved(key, &field)).collect();
+        let claim = attributes::parse(&context, has_secret, &field, &mut faults);
+        let refused = !faults.is_empty();
+        self.attributes.extend(faults.into_iter().map(Said::refusal));
+        let (Some(claim), Ok(volume), false) = (claim, VolumeName::parse(name), refused) else { return };
+        let id = VolumeId { pod: facts.pod.uid.clone(), name: volume };
+        let grant = match policy::judge(&id, &claim, facts, &options.config.policy, options.now) {
+            Ok((grant, warnings)) => {
+                self.rules.extend(warnings.into_iter().map(|warning| Said {
+                    fault: warning.fault,
+                    refuses: false,
+                    waived: warning.waived,
+                    at: None,
+                }));
+                grant
             }
-            added.remove(index);
-            of_container(json!({"securityContext": {"capabilities": {"add": added}}}))
+            Err(refusals) => return self.rules.extend(refusals.into_iter().map(Said::refusal)),
+        };
+        if options.platform
+            && let Err(fault) = permitted(&claim, grant.pod(), named, &options.config)
+        {
+            let said = match fault.field.starts_with("volumeAttributes.") {
+                true => Said::refusal(Fault { field: field.csi(&fault.field), ..fault }),
+                // It names the platform file.
+                false => Said { at: Some(field.attribute("files")), ..Said::refusal(fault) },
+            };
+            return self.connections.push(said);
         }
-        "SM168" => of_container(json!({"securityContext": {"procMount": null}})),
-        "SM175" => of_container(json!({"securityContext": {"allowPrivilegeEscalation": false}})),
-        "SM183" => spec(json!({"automountServiceAccountToken": false})),
-        "SM190" | "SM191" | "SM192" | "SM193" => {
-            let key = field.strip_prefix("metadata.annotations[")?.strip_suffix(']')?;
-            Some(json!({"metadata": {"annotations": {key: null}}}))
+        self.readers.insert(name.to_owned(), grant.readers().to_vec());
+    }
+
+    /// All of it: the rules in their order, which is that of the API server too, each thing once.
+    fn in_order(mut self) -> Vec<Said> {
+        self.rules.sort_by_key(|said| RULES.iter().position(|rule| rule.code == said.fault.code));
+        let mut all: Vec<Said> = Vec::new();
+        for said in [self.attributes, self.rules, self.connections].into_iter().flatten() {
+            if !all.contains(&said) {
+                all.push(said);
+            }
         }
-        _ => None,
+        all
     }
 }
 
-/// What a code means, for people: the rule with its reason, or the row of the documents.
+/// Whether the platform file gives a volume what it asks of Vault, as the driver asks it before it sends anything.
+fn permitted(claim: &Claim, pod: &PodRef, named: bool, config: &Config) -> Result<(), Fault> {
+    let paths: Vec<&VaultPath> = claim.files.iter().flat_map(Files::locations).filter_map(vault_path).collect();
+    if paths.is_empty() {
+        return Ok(());
+    }
+    let connection = config.connection(claim)?;
+    connection.refresh(claim)?;
+    let role = connection.role(claim)?;
+    for path in paths {
+        match connection.permits(pod, role, path) {
+            Err(_) if !named && may_be_permitted(connection, pod, role, path) => {}
+            verdict => verdict?,
+        }
+    }
+    connection.namespace.as_ref().map_or(Ok(()), |namespace| namespace.expand(pod).map(drop))
+}
+
+/// Whether some name of a pod would permit the path: pods of a template have names that no manifest tells.
+fn may_be_permitted(connection: &Connection, pod: &PodRef, role: &str, path: &VaultPath) -> bool {
+    let mut names = path.as_str().split('/');
+    names.any(|name| connection.permits(&PodRef { name: name.to_owned(), ..pod.clone() }, role, path).is_ok())
+}
+
+fn vault_path(location: &Location) -> Option<&VaultPath> {
+    match location {
+        Location::Vault { path, .. } => Some(path),
+        Location::Secret => None,
+    }
+}
+
+/// The rows of the documents' tables: code, what is wrong, what to do.
+fn documented() -> impl Iterator<Item = (&'static str, &'static str, &'static str)> {
+    include_str!("../docs/codes.md").lines().filter_map(|line| {
+        let (code, rest) = line.strip_prefix("| `")?.split_once("` | ")?;
+        let mut cells = rest.trim_end_matches('|').split(" | ").map(str::trim);
+        Some((code, cells.next()?, cells.next().unwrap_or_default()))
+    })
+}
+
+/// What a code means, for people: the rule with its reason, or the row of the documents. Its case does not matter.
 pub fn explain(code: &str) -> Option<String> {
+    let code = code.to_ascii_uppercase();
     if let Some(rule) = RULES.iter().find(|rule| rule.code.0 == code) {
         let Rule { code, severity, field, text, change, source, waivable, .. } = rule;
         let severity = if *severity == Severity::Refuse { "refuses" } else { "warns" };
@@ -320,8 +389,6 @@ pub fn explain(code: &str) -> Option<String> {
             "{code} {severity}: {text}\n\n  field   {field}\n  change  {change}\n  why     {source}\n  waiver  {waivable}\n"
         ));
     }
-    let row = include_str!("../docs/codes.md").lines().find(|line| line.starts_with(&format!("| `{code}` |")))?;
-    let mut cells = row.trim_matches('|').split(" | ").map(str::trim).skip(1);
-    let (what, change) = (cells.next()?, cells.next().unwrap_or_default());
+    let (code, what, change) = documented().find(|(known, ..)| *known == code)?;
     Some(format!("{code}: {what}\n\n  change  {change}\n"))
 }

@@ -7,6 +7,7 @@
 pub mod api;
 pub mod kubelet;
 pub mod manifest;
+pub(crate) mod tree;
 
 use std::collections::{BTreeMap, HashMap};
 use std::error::Error;

@@ -25,8 +25,8 @@ pub struct Access {
 const AUTOMOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
 
 /// Every container with every secret of its pod. `readers` gives the names of the containers that may read a volume of
-/// this driver's; `None` while that is not known.
-pub(super) fn of(facts: &PodFacts, readers: impl Fn(&str) -> Option<Vec<String>>) -> Vec<Access> {
+/// this driver's; `None` if it is refused.
+pub(super) fn of<'a>(facts: &PodFacts, readers: impl Fn(&str) -> Option<&'a [String]>) -> Vec<Access> {
     let mut all = Vec::new();
     for container in &facts.containers {
         let mut add = |what: String, how, reads, why: &str| {

@@ -1,10 +1,12 @@
 //! The proxy that Istio will inject, so that a manifest is judged as the pod that it becomes.
 
+use std::str::FromStr;
+
 use serde_json::{Value as Json, json};
 
 use super::at;
 
-/// How Istio adds its proxy: as a native sidecar (the default from Istio 1.27 on), or as a plain container.
+/// How Istio adds its proxy. The annotation of a pod decides for that pod.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Proxy {
     /// An init container that goes on.
@@ -13,15 +15,39 @@ pub enum Proxy {
     Plain,
 }
 
+impl FromStr for Proxy {
+    type Err = String;
+
+    /// `native`, `plain` or a version of Istio: native sidecars are its default from 1.27 on, where the nodes have them
+    /// (Kubernetes 1.33).
+    fn from_str(text: &str) -> Result<Self, String> {
+        let version = || {
+            let mut numbers = text.split('.').map(str::parse::<u32>);
+            Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
+        };
+        match text {
+            "native" => Ok(Self::Native),
+            "plain" => Ok(Self::Plain),
+            _ => match version() {
+                Some(version) if version >= (1, 27) => Ok(Self::Native),
+                Some(_) => Ok(Self::Plain),
+                None => Err("write native, plain or a version of Istio, such as 1.27".into()),
+            },
+        }
+    }
+}
+
 /// Adds `istio-init` and `istio-proxy` to a pod, unless they are there or the pod declines them. The proxy has the UID
 /// and the rights of Istio's own templates, and what the pod's annotations add to it.
 pub(super) fn inject(pod: &mut Json, how: Proxy) {
     let said = |map: &str, key: &str| at(pod, &["metadata", map, key])?.as_str().map(str::to_owned);
     let annotation = |key: &str| said("annotations", &format!("sidecar.istio.io/{key}"));
-    let declined = [annotation("inject"), said("labels", "sidecar.istio.io/inject")];
+    // The label wins; nothing written is a yes where the namespace is in the mesh; what is no yes is a no (inject.go).
+    let wish = said("labels", "sidecar.istio.io/inject").or_else(|| annotation("inject")).unwrap_or_default();
+    let declined = !["", "true", "yes", "y", "on"].contains(&wish.to_lowercase().as_str());
     // In ambient mode no proxy stands in the pod.
     let ambient = said("labels", "istio.io/dataplane-mode").is_some_and(|mode| mode == "ambient");
-    if ambient || declined.iter().flatten().any(|value| value == "false") {
+    if ambient || declined {
         return;
     }
     let lists = ["initContainers", "containers"].into_iter().filter_map(|list| at(pod, &["spec", list])?.as_array());
@@ -29,6 +55,11 @@ pub(super) fn inject(pod: &mut Json, how: Proxy) {
     if there || at(pod, &["spec", "hostNetwork"]) == Some(&Json::Bool(true)) {
         return;
     }
+    let how = match annotation("nativeSidecar").as_deref() {
+        Some("true") => Proxy::Native,
+        Some("false") => Proxy::Plain,
+        _ => how,
+    };
     // TPROXY needs root; otherwise the proxy has the UID that the mesh exempts from its own redirection.
     let root = annotation("interceptionMode").is_some_and(|mode| mode == "TPROXY");
     let proxy = json!({
@@ -50,10 +81,22 @@ pub(super) fn inject(pod: &mut Json, how: Proxy) {
             "capabilities": {"add": ["NET_ADMIN", "NET_RAW"], "drop": ["ALL"]},
         },
     });
-    let (first, then) = match how {
-        Proxy::Native => (vec![init, proxy], Vec::new()),
-        Proxy::Plain => (vec![init], vec![proxy]),
-    };
+    let mut first = vec![init];
+    if annotation("enableCoreDump").as_deref() == Some("true") {
+        first.push(json!({
+            "name": "enable-core-dump",
+            "image": "docker.io/istio/proxyv2",
+            "securityContext": {
+                "allowPrivilegeEscalation": true, "privileged": true, "runAsUser": 0, "runAsGroup": 0,
+                "capabilities": {"add": ["SYS_ADMIN"], "drop": ["ALL"]},
+            },
+        }));
+    }
+    let mut then = Vec::new();
+    match how {
+        Proxy::Native => first.push(proxy),
+        Proxy::Plain => then.push(proxy),
+    }
     // What is no map cannot be read as a pod either, and that is reported.
     let Some(spec) = pod.get_mut("spec").and_then(Json::as_object_mut) else { return };
     // Behind the author's own, so that the fields of those keep their index.
@@ -115,11 +158,42 @@ mod tests {
     }
 
     #[test]
+    fn a_version_says_how() {
+        for (text, how) in [
+            ("native", Some(Proxy::Native)),
+            ("plain", Some(Proxy::Plain)),
+            ("1.27", Some(Proxy::Native)),
+            ("1.26.4", Some(Proxy::Plain)),
+            ("1.100.0", Some(Proxy::Native)),
+            ("27", None),
+            ("ambient", None),
+        ] {
+            assert_eq!(text.parse().ok(), how, "{text}");
+        }
+    }
+
+    #[test]
+    fn who_declines() {
+        for (annotation, label, injected) in [
+            (None, None, true),
+            (Some("true"), None, true),
+            (Some("false"), None, false),
+            (Some("no"), None, false),
+            (Some("disabled"), None, false),
+            (Some("Yes"), None, true),
+            (Some("false"), Some("true"), true),
+            (Some("true"), Some("false"), false),
+        ] {
+            let mut told = pod(&json!({"sidecar.istio.io/inject": annotation}));
+            told["metadata"]["labels"] = json!({"sidecar.istio.io/inject": label});
+            inject(&mut told, Proxy::Plain);
+            let seen = names(&told, "containers").len() == 2;
+            assert_eq!(seen, injected, "annotation {annotation:?}, label {label:?}");
+        }
+    }
+
+    #[test]
     fn annotations_are_followed() {
-        let mut declined = pod(&json!({"sidecar.istio.io/inject": "false"}));
-        let before = declined.clone();
-        inject(&mut declined, Proxy::Native);
-        assert_eq!(declined, before);
         let mut ambient = pod(&json!({}));
         ambient["metadata"]["labels"] = json!({"istio.io/dataplane-mode": "ambient"});
         let before = ambient.clone();
@@ -134,5 +208,11 @@ mod tests {
             assert_eq!(proxy["volumeMounts"], json!([{"name": "db", "mountPath": "/db"}]));
             assert_eq!(proxy["securityContext"]["runAsUser"], 0);
         }
+        let mut dumping = pod(&json!({
+            "sidecar.istio.io/enableCoreDump": "true", "sidecar.istio.io/nativeSidecar": "true",
+        }));
+        inject(&mut dumping, Proxy::Plain);
+        assert_eq!(names(&dumping, "initContainers"), ["istio-init", "enable-core-dump", "istio-proxy"]);
+        assert_eq!(dumping["spec"]["initContainers"][1]["securityContext"]["privileged"], true);
     }
 }

@@ -1,11 +1,14 @@
 //! What a check found, for people, for programs, for code scanning (SARIF 2.1.0) and for GitHub's annotations.
+//!
+//! Names come from manifests that nobody has admitted yet, and a line of a log may be a command to what reads it: what
+//! people see has no control character of theirs.
 
 use std::fmt::Write;
 
 use serde_json::{Value as Json, json};
 
-use super::{Access, Checked, Finding, Report};
-use crate::policy::{RULES, Severity};
+use super::{Access, Checked, Finding, Report, Unjudged, documented};
+use crate::policy::{RULES, Rule, Severity};
 use crate::request::yaml::Place;
 
 /// How text is shown.
@@ -32,55 +35,97 @@ const YELLOW: u8 = 33;
 pub fn text(report: &Report, style: Style) -> String {
     let mut out = String::new();
     for pod in &report.pods {
-        let _ = writeln!(out, "{}: {} {}/{}", at(&pod.file, pod.place), pod.kind, pod.namespace, pod.name);
+        let _ = writeln!(out, "{}: {}", at(&pod.file, pod.place), printable(&name(pod)));
         table(&mut out, &pod.access, style.width);
         for finding in &pod.findings {
             let word = if finding.refuses { style.word("refused", RED) } else { style.word("warning", YELLOW) };
-            let _ = writeln!(out, "{}: {word} {}", at_column(&pod.file, finding.place), finding.fault);
+            let text = printable(&finding.fault.to_string());
+            let _ = writeln!(out, "{}: {word} {text}", at_column(&pod.file, finding.place));
             if let Some(hint) = finding.hint.as_ref().filter(|_| style.hints) {
                 let _ = writeln!(out, "  patch: {hint}");
             }
         }
         out.push('\n');
     }
+    for it in &report.unjudged {
+        let word = style.word("not judged", YELLOW);
+        let _ = writeln!(out, "{}: {word} {}", at_column(&it.file, Some(it.place)), printable(&unjudged(it)));
+    }
     for fault in &report.unreadable {
         let word = style.word("unreadable", RED);
-        let _ = writeln!(out, "{}: {word} {}", at_column(&fault.file, fault.place), fault.text);
+        let _ = writeln!(out, "{}: {word} {}", at_column(&fault.file, fault.place), printable(&fault.text));
     }
     let (refused, warned) = report.counts();
     let count = report.pods.len();
     let clean = count.saturating_sub(refused).saturating_sub(warned);
     let pods = if count == 1 { "pod" } else { "pods" };
-    let _ = writeln!(out, "{count} {pods}: {refused} refused, {warned} with warnings, {clean} clean");
+    let _ = write!(out, "{count} {pods}: {refused} refused, {warned} with warnings, {clean} clean");
+    for (count, what) in [(report.unjudged.len(), "not judged"), (report.unreadable.len(), "unreadable")] {
+        if count > 0 {
+            let _ = write!(out, "; {count} {what}");
+        }
+    }
+    out.push('\n');
     out
 }
 
-fn file(file: &str) -> &str {
-    match file {
-        "" => "cluster",
-        "-" => "stdin",
-        file => file,
+/// Without control characters, nor others that change how the line looks.
+fn printable(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for char in text.chars() {
+        match char {
+            '"' | '\'' | '\\' => out.push(char),
+            char => out.extend(char.escape_debug()),
+        }
+    }
+    out
+}
+
+fn name(pod: &Checked) -> String {
+    format!("{} {}/{}", pod.kind, pod.namespace, pod.name)
+}
+
+fn unjudged(it: &Unjudged) -> String {
+    format!(
+        "{} {}: it uses the driver, and where its pods are described is not known: check what it makes of them, or the \
+         cluster (--cluster)",
+        it.kind, it.name
+    )
+}
+
+/// The file of a report's part; none for the standard input and a cluster.
+fn file(file: &str) -> Option<&str> {
+    Some(file).filter(|file| !matches!(*file, "" | "-"))
+}
+
+fn shown_file(name: &str) -> String {
+    match name {
+        "" => "cluster".into(),
+        "-" => "stdin".into(),
+        name => printable(name),
     }
 }
 
 fn at(name: &str, place: Option<Place>) -> String {
     match place {
-        Some(place) => format!("{}:{}", file(name), place.line),
-        None => file(name).to_owned(),
+        Some(place) => format!("{}:{}", shown_file(name), place.line),
+        None => shown_file(name),
     }
 }
 
 fn at_column(name: &str, place: Option<Place>) -> String {
     match place {
-        Some(place) => format!("{}:{}:{}", file(name), place.line, place.column),
-        None => file(name).to_owned(),
+        Some(place) => format!("{}:{}:{}", shown_file(name), place.line, place.column),
+        None => shown_file(name),
     }
 }
 
+/// A container for the first column. Two colons at the beginning of a line are a command to GitHub's runner.
 fn called(access: &Access) -> String {
+    let name = printable(&access.container).replace("::", ":\\u{3a}");
     match access.product {
-        Some(product) => format!("{} ({product})", access.container),
-        None => access.container.clone(),
+        Some(product) => format!("{name} ({product})"),
+        None => name,
     }
 }
 
@@ -88,7 +133,7 @@ fn table(out: &mut String, access: &[Access], width: Option<usize>) {
     const HEAD: [&str; 5] = ["container", "reads", "what", "how", "where or why"];
     let row = |it: &Access| {
         let reads = if it.reads { "yes" } else { "no" };
-        [called(it), reads.to_owned(), it.what.clone(), it.how.to_owned(), it.why.clone()]
+        [called(it), reads.to_owned(), printable(&it.what), it.how.to_owned(), printable(&it.why)]
     };
     let rows: Vec<[String; 5]> = std::iter::once(HEAD.map(str::to_owned)).chain(access.iter().map(row)).collect();
     if access.is_empty() {
@@ -127,8 +172,18 @@ pub fn json(report: &Report) -> String {
             json!({"file": fault.file, "line": line, "column": column, "message": fault.text})
         })
         .collect();
+    let unjudged: Vec<Json> = report
+        .unjudged
+        .iter()
+        .map(|it| {
+            let Place { line, column } = it.place;
+            json!({"file": it.file, "line": line, "column": column, "kind": it.kind, "name": it.name})
+        })
+        .collect();
     let summary = json!({"pods": report.pods.len(), "refused": refused, "warned": warned});
-    let whole = json!({"version": 1, "pods": pods, "unreadable": unreadable, "summary": summary});
+    let whole = json!({
+        "version": 1, "pods": pods, "unreadable": unreadable, "unjudged": unjudged, "summary": summary,
+    });
     format!("{whole:#}\n")
 }
 
@@ -158,14 +213,14 @@ fn finding_json(finding: &Finding) -> Json {
     let (line, column) = numbers(finding.place);
     json!({
         "code": finding.fault.code.0, "severity": if finding.refuses { "refuse" } else { "warn" },
-        "field": finding.fault.field, "line": line, "column": column, "message": finding.fault.to_string(),
+        "waived": finding.waived, "field": finding.fault.field, "line": line, "column": column, "message": finding.fault.to_string(),
         "change": finding.rule().map(|rule| rule.change), "patch": finding.hint,
     })
 }
 
 /// For code scanning.
 pub fn sarif(report: &Report) -> String {
-    let rules: Vec<Json> = RULES
+    let mut rules: Vec<Json> = RULES
         .iter()
         .map(|rule| {
             let level = if rule.severity == Severity::Refuse { "error" } else { "warning" };
@@ -176,56 +231,93 @@ pub fn sarif(report: &Report) -> String {
             })
         })
         .collect();
-    let location = |file: &str, place: Option<Place>| {
-        // SARIF has no null region; without a place it is the file's first line.
-        let place = place.unwrap_or(Place { line: 1, column: 1 });
-        let region = json!({"startLine": place.line, "startColumn": place.column});
-        json!([{"physicalLocation": {"artifactLocation": {"uri": file}, "region": region}}])
+    let others = documented().filter(|(code, ..)| !RULES.iter().any(|rule| rule.code.0 == *code));
+    rules.extend(others.map(|(code, what, change)| {
+        json!({
+            "id": code, "shortDescription": {"text": what}, "help": {"text": change},
+            "defaultConfiguration": {"level": "error"},
+        })
+    }));
+    // What is in no file has a name alone.
+    let location = |path: &str, place: Option<Place>, name: &str| match file(path) {
+        Some(path) => {
+            // SARIF has no null region; without a place it is the file's first line.
+            let place = place.unwrap_or(Place { line: 1, column: 1 });
+            let region = json!({"startLine": place.line, "startColumn": place.column});
+            json!([{"physicalLocation": {"artifactLocation": {"uri": uri(path)}, "region": region}}])
+        }
+        None => json!([{"logicalLocations": [{"fullyQualifiedName": name, "kind": "resource"}]}]),
     };
     let mut results = Vec::new();
     for pod in &report.pods {
+        let name = name(pod);
         results.extend(pod.findings.iter().map(|finding| {
             json!({
                 "ruleId": finding.fault.code.0, "level": if finding.refuses { "error" } else { "warning" },
-                "message": {"text": format!("{} {}/{}: {}", pod.kind, pod.namespace, pod.name, finding.fault)},
-                "locations": location(&pod.file, finding.place),
+                "message": {"text": format!("{name}: {}", finding.fault)},
+                "locations": location(&pod.file, finding.place, &name),
             })
         }));
     }
-    let notes: Vec<Json> = report
-        .unreadable
-        .iter()
-        .map(|fault| {
-            json!({"level": "error", "message": {"text": fault.text}, "locations": location(&fault.file, fault.place)})
-        })
-        .collect();
+    let unreadable = report.unreadable.iter().map(|fault| {
+        let name = shown_file(&fault.file);
+        let locations = location(&fault.file, fault.place, &name);
+        json!({"level": "error", "message": {"text": fault.text}, "locations": locations})
+    });
+    let unjudged = report.unjudged.iter().map(|it| {
+        let locations = location(&it.file, Some(it.place), &it.name);
+        json!({"level": "note", "message": {"text": unjudged(it)}, "locations": locations})
+    });
+    let notes: Vec<Json> = unreadable.chain(unjudged).collect();
     let driver = json!({"name": "sealmount", "version": env!("CARGO_PKG_VERSION"), "rules": rules});
     let whole = json!({
         "version": "2.1.0", "$schema": "https://json.schemastore.org/sarif-2.1.0.json",
         "runs": [{
-            "tool": {"driver": driver}, "results": results,
-            "invocations": [{"executionSuccessful": notes.is_empty(), "toolExecutionNotifications": notes}],
+            "tool": {"driver": driver}, "columnKind": "unicodeCodePoints", "results": results,
+            "invocations": [{
+                "executionSuccessful": report.unreadable.is_empty(), "toolExecutionNotifications": notes,
+            }],
         }],
     });
     format!("{whole:#}\n")
 }
 
-/// For GitHub's annotations: one workflow command a line.
+/// A path as a URI reference (RFC 3986): relative, or of this machine.
+fn uri(path: &str) -> String {
+    let scheme = if path.starts_with('/') { "file://" } else { "" };
+    let mut out = scheme.to_owned();
+    for byte in path.bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' | b'/' => out.push(char::from(byte)),
+            byte => out.push_str(&format!("%{byte:02X}")),
+        }
+    }
+    out
+}
+
+/// For GitHub's annotations: one workflow command a line. What is in no file is told by its name alone.
 pub fn github(report: &Report) -> String {
     let mut out = String::new();
-    let mut line = |level: &str, file: &str, place: Option<Place>, title: &str, message: &str| {
-        let mut properties = vec![format!("file={}", property(file))];
-        if let Some(place) = place {
-            properties.push(format!("line={},col={}", place.line, place.column));
+    let mut line = |level: &str, path: &str, place: Option<Place>, title: &str, message: &str| {
+        let mut properties = Vec::new();
+        if let Some(path) = file(path) {
+            properties.push(format!("file={}", property(path)));
+            if let Some(place) = place {
+                properties.push(format!("line={},col={}", place.line, place.column));
+            }
         }
         properties.push(format!("title={}", property(title)));
-        let _ = writeln!(out, "::{level} {}::{}", properties.join(","), data(message));
+        let _ = writeln!(out, "::{level} {}::{}", properties.join(","), data(&printable(message)));
     };
     for pod in &report.pods {
         for finding in &pod.findings {
             let level = if finding.refuses { "error" } else { "warning" };
-            line(level, &pod.file, finding.place, finding.fault.code.0, &finding.fault.to_string());
+            let message = format!("{}: {}", name(pod), finding.fault);
+            line(level, &pod.file, finding.place, finding.fault.code.0, &message);
         }
+    }
+    for it in &report.unjudged {
+        line("notice", &it.file, Some(it.place), "not judged", &unjudged(it));
     }
     for fault in &report.unreadable {
         line("error", &fault.file, fault.place, "unreadable", &fault.text);
@@ -241,4 +333,26 @@ fn data(text: &str) -> String {
 /// And as a property.
 fn property(text: &str) -> String {
     data(text).replace(':', "%3A").replace(',', "%2C")
+}
+
+/// The rules as a Markdown table, for the documents: with `whole` what each is about, why, and whether it may be waived.
+pub fn rules(whole: bool) -> String {
+    let mut table = match whole {
+        true => {
+            "| code | what is wrong | what to write | why | | may be waived |\n|---|---|---|---|---|---|\n".to_owned()
+        }
+        false => "| code | | what is wrong | what to write |\n|---|---|---|---|\n".to_owned(),
+    };
+    for Rule { code, severity, text, change, source, waivable, .. } in RULES {
+        let severity = match severity {
+            Severity::Refuse => "refuses",
+            Severity::Warn => "warns",
+        };
+        let waivable = if *waivable { "yes" } else { "never" };
+        table.push_str(&match whole {
+            true => format!("| `{code}` | {text} | {change} | {source} | {severity} | {waivable} |\n"),
+            false => format!("| `{code}` | {severity} | {text} | {change} |\n"),
+        });
+    }
+    table
 }

@@ -1,19 +1,20 @@
 //! `sealmount check`.
 
 use std::fs;
-use std::io::{self, IsTerminal, Read, Write};
+use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::SystemTime;
 
 use clap::ValueEnum;
+use rustix::termios::tcgetwinsize;
 use serde_json::Value as Json;
 
 use crate::check::report::{self, Style};
 use crate::check::{self, Options, Proxy, Report, Unreadable, explain};
 use crate::config::{self, Config};
-use crate::pods::api;
-use crate::policy::rules;
+use crate::pods::api::{self, Scope};
+use crate::pods::manifest;
 
 /// The longest manifest that is read, in bytes.
 const MAX_FILE: u64 = 64 * 1024 * 1024;
@@ -27,17 +28,17 @@ const UNREADABLE: u8 = 2;
 #[command(after_help = "Exit code: 0 nothing is refused, 1 a pod is refused, 2 something could not be read.\n\
     Without --config the driver's defaults hold: no connection, no RuntimeClass, no waiver.")]
 pub(super) struct Flags {
-    /// Manifests: files, directories (their *.yaml, *.yml and *.json), or - for the standard input
+    /// Manifests: files, directories (all *.yaml, *.yml and *.json below them), or - for the standard input
     #[arg(value_name = "FILE", required_unless_present_any = ["cluster", "explain", "rules"])]
     files: Vec<PathBuf>,
     /// Check the pods of the cluster, as admitted; needs the right to list pods
     #[arg(long, conflicts_with_all = ["files", "istio"])]
     cluster: bool,
-    /// The namespace: of the cluster's pods, and of objects that name none
-    #[arg(long, short, value_name = "NAME", default_value = "default")]
-    namespace: String,
+    /// The namespace: of the cluster's pods (else the kubeconfig's), and of objects that name none (else default)
+    #[arg(long, short, value_name = "NAME")]
+    namespace: Option<String>,
     /// The pods of all namespaces of the cluster
-    #[arg(long, short = 'A', requires = "cluster")]
+    #[arg(long, short = 'A', requires = "cluster", conflicts_with = "namespace")]
     all_namespaces: bool,
     /// Only whether pods of the cluster use the driver; exit code 1, with their names, if one does
     #[arg(long, requires = "cluster")]
@@ -51,13 +52,13 @@ pub(super) struct Flags {
     /// The kubelet's directory on the nodes
     #[arg(long, value_name = "DIR", default_value = "/var/lib/kubelet")]
     kubelet_dir: String,
-    /// Add the proxy that Istio will inject
-    #[arg(long, value_enum, value_name = "HOW", num_args = 0..=1, default_missing_value = "native", require_equals = true)]
-    istio: Option<How>,
+    /// Add the proxy that Istio will inject: native, plain, or as a version of Istio such as 1.27 does by default
+    #[arg(long, value_name = "HOW", num_args = 0..=1, default_missing_value = "native", require_equals = true)]
+    istio: Option<Proxy>,
     /// What is printed
     #[arg(long, short, value_enum, default_value = "text")]
     output: Output,
-    /// Print a patch where just one change is right
+    /// Print a patch (kubectl patch --type strategic) where just one change is right
     #[arg(long)]
     fix_hint: bool,
     /// Explain a code, such as SM130
@@ -66,12 +67,6 @@ pub(super) struct Flags {
     /// Print the table of rules, in Markdown
     #[arg(long, exclusive = true)]
     rules: bool,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum How {
-    Native,
-    Plain,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -84,15 +79,13 @@ enum Output {
 
 pub(super) fn run(flags: &Flags) -> ExitCode {
     if flags.rules {
-        print(&rules::table(true));
-        return ExitCode::SUCCESS;
+        return print(&report::rules(true), 0);
     }
     if let Some(code) = &flags.explain {
         let Some(text) = explain(code) else {
             return failed(&format!("there is no code {code}; sealmount check --rules lists those about pods"));
         };
-        print(&text);
-        return ExitCode::SUCCESS;
+        return print(&text, 0);
     }
     if flags.fail_if_used {
         return used(flags);
@@ -111,17 +104,18 @@ pub(super) fn run(flags: &Flags) -> ExitCode {
             read(path, &options, &mut report);
         }
     }
-    print(&match flags.output {
+    let text = match flags.output {
         Output::Text => report::text(&report, style(flags)),
         Output::Json => report::json(&report),
         Output::Sarif => report::sarif(&report),
         Output::Github => report::github(&report),
-    });
-    match (report.unreadable.is_empty(), report.counts()) {
-        (false, _) => ExitCode::from(UNREADABLE),
-        (true, (0, _)) => ExitCode::SUCCESS,
-        (true, _) => ExitCode::from(REFUSED),
-    }
+    };
+    let code = match (report.unreadable.is_empty(), report.counts()) {
+        (false, _) => UNREADABLE,
+        (true, (0, _)) => 0,
+        (true, _) => REFUSED,
+    };
+    print(&text, code)
 }
 
 fn options(flags: &Flags) -> Result<Options, String> {
@@ -136,75 +130,86 @@ fn options(flags: &Flags) -> Result<Options, String> {
     Ok(Options {
         config,
         platform: flags.config.is_some(),
-        namespace: flags.namespace.clone(),
-        istio: flags.istio.map(|how| match how {
-            How::Native => Proxy::Native,
-            How::Plain => Proxy::Plain,
-        }),
+        namespace: flags.namespace.clone().unwrap_or_else(|| "default".to_owned()),
+        istio: flags.istio,
         now: SystemTime::now(),
     })
 }
 
 /// A file, the standard input, or the manifests of a directory.
 fn read(path: &Path, options: &Options, report: &mut Report) {
-    let mut unreadable = |path: &Path, error: &io::Error| {
-        let text = format!("cannot be read: {error}");
-        report.unreadable.push(Unreadable { file: path.display().to_string(), place: None, text });
-    };
-    if path.is_dir() {
-        match manifests(path) {
-            Ok(paths) => paths.iter().for_each(|path| read(path, options, report)),
-            Err(error) => unreadable(path, &error),
-        }
-        return;
+    if !path.is_dir() {
+        return file(path, false, options, report);
     }
-    let mut text = String::new();
-    let input = match path.as_os_str() == "-" {
-        true => io::stdin().take(MAX_FILE).read_to_string(&mut text),
-        false => fs::File::open(path).and_then(|file| file.take(MAX_FILE).read_to_string(&mut text)),
-    };
-    match input {
-        Ok(_) => report.manifest(&path.display().to_string(), &text, options),
-        Err(error) => unreadable(path, &error),
+    let mut paths = Vec::new();
+    let found = manifests(path, &mut paths).and_then(|()| match paths.is_empty() {
+        true => Err(io::Error::new(io::ErrorKind::NotFound, "no *.yaml, *.yml or *.json below it")),
+        false => Ok(()),
+    });
+    if let Err(error) = found {
+        report.unreadable.push(unreadable(path, &error));
+    }
+    for path in &paths {
+        file(path, true, options, report);
     }
 }
 
-/// The manifests of a directory, by name.
-fn manifests(directory: &Path) -> io::Result<Vec<PathBuf>> {
-    let mut paths = Vec::new();
-    for entry in fs::read_dir(directory)? {
-        let path = entry?.path();
-        if path.extension().is_some_and(|end| ["yaml", "yml", "json"].iter().any(|known| end == *known)) {
+/// `searched`: it was found in a directory, and nobody named it.
+fn file(path: &Path, searched: bool, options: &Options, report: &mut Report) {
+    let text = match path.as_os_str() == "-" {
+        true => manifest::read_text(io::stdin(), MAX_FILE),
+        false => fs::File::open(path).and_then(|file| manifest::read_text(file, MAX_FILE)),
+    };
+    match text {
+        Ok(text) => report.manifest(&path.display().to_string(), &text, searched, options),
+        Err(error) => report.unreadable.push(unreadable(path, &error)),
+    }
+}
+
+fn unreadable(path: &Path, error: &io::Error) -> Unreadable {
+    Unreadable { file: path.display().to_string(), place: None, text: format!("cannot be read: {error}") }
+}
+
+/// The manifests below a directory, by name. Links to directories are not followed: they may lead back.
+fn manifests(directory: &Path, paths: &mut Vec<PathBuf>) -> io::Result<()> {
+    let mut entries = fs::read_dir(directory)?.collect::<io::Result<Vec<_>>>()?;
+    entries.sort_by_key(fs::DirEntry::path);
+    for entry in entries {
+        let path = entry.path();
+        if entry.file_type()?.is_dir() {
+            manifests(&path, paths)?;
+        } else if manifest::is_named_so(&path) && !path.is_dir() {
             paths.push(path);
         }
     }
-    paths.sort();
-    Ok(paths)
+    Ok(())
 }
 
 /// Each pod of the cluster, or of the namespace.
 fn cluster(flags: &Flags, take: impl FnMut(Json)) -> Result<(), String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| error.to_string())?;
-    let namespace = (!flags.all_namespaces).then_some(flags.namespace.as_str());
-    runtime.block_on(api::each(flags.kubeconfig.as_deref(), namespace, take)).map_err(|error| error.to_string())
+    let scope = match &flags.namespace {
+        _ if flags.all_namespaces => Scope::All,
+        Some(namespace) => Scope::Namespace(namespace),
+        None => Scope::Own,
+    };
+    runtime.block_on(api::each(flags.kubeconfig.as_deref(), scope, take)).map_err(|error| error.to_string())
 }
 
 /// What an uninstallation asks: such a pod could not end without the driver.
 fn used(flags: &Flags) -> ExitCode {
     let mut users = Vec::new();
-    let asked = cluster(flags, |pod| users.extend(check::uses(&pod).then(|| check::called(&pod))));
+    let asked = cluster(flags, |pod| users.extend(check::uses(&pod).then(|| check::full_name(&pod))));
     if let Err(error) = asked {
         return failed(&error);
     }
     if users.is_empty() {
-        print("no pod uses the driver\n");
-        return ExitCode::SUCCESS;
+        return print("no pod uses the driver\n", 0);
     }
     let lines: String = users.iter().map(|name| format!("  {name}\n")).collect();
     let count = users.len();
-    print(&format!("pods with a volume of the driver, which could not end without it: {count}\n{lines}"));
-    ExitCode::from(REFUSED)
+    print(&format!("pods with a volume of the driver, which could not end without it: {count}\n{lines}"), REFUSED)
 }
 
 /// Colour and width are a terminal's alone (<https://no-color.org>).
@@ -213,16 +218,22 @@ fn used(flags: &Flags) -> ExitCode {
 fn style(flags: &Flags) -> Style {
     let terminal = io::stdout().is_terminal();
     let said = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let columns = || said("COLUMNS").and_then(|columns| columns.parse().ok());
+    let window = || tcgetwinsize(io::stdout()).ok().map(|window| usize::from(window.ws_col));
     Style {
         colour: terminal && said("NO_COLOR").is_none() && said("TERM").is_none_or(|term| term != "dumb"),
-        width: terminal.then(|| said("COLUMNS").and_then(|columns| columns.parse().ok()).unwrap_or(120)),
+        // A serial line says 0.
+        width: Some(()).filter(|()| terminal).and_then(|()| columns().or_else(window)).filter(|columns| *columns > 0),
         hints: flags.fix_hint,
     }
 }
 
-/// A reader that went away is nobody's fault.
-fn print(text: &str) {
-    let _ = io::stdout().write_all(text.as_bytes());
+/// A reader that went away is nobody's fault; a report that is lost otherwise was not made.
+fn print(text: &str, code: u8) -> ExitCode {
+    match io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => failed(&format!("cannot write: {error}")),
+        _ => ExitCode::from(code),
+    }
 }
 
 fn failed(text: &str) -> ExitCode {

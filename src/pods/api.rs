@@ -41,10 +41,7 @@ pub enum ClientError {
 /// `None` outside a cluster.
 pub async fn client(kubeconfig: Option<&Path>) -> Result<Option<Client>, ClientError> {
     let config = match kubeconfig {
-        Some(path) => {
-            let file = Kubeconfig::read_from(path)?;
-            Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await?
-        }
+        Some(path) => config_of(path).await?,
         None => match Config::incluster() {
             Ok(config) => config,
             Err(error) => {
@@ -54,6 +51,11 @@ pub async fn client(kubeconfig: Option<&Path>) -> Result<Option<Client>, ClientE
         },
     };
     client_of(config).map(Some)
+}
+
+async fn config_of(kubeconfig: &Path) -> Result<Config, ClientError> {
+    let file = Kubeconfig::read_from(kubeconfig)?;
+    Ok(Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await?)
 }
 
 /// A client for the API server of `config`, without its proxy, and only if the server proves itself.
@@ -127,26 +129,40 @@ pub enum ListError {
     Refused(String),
 }
 
-/// Gives `take` each pod of a namespace, or of all, as the API server has it: a page at a time, so that no cluster is
-/// too large. For people's own rights: the cluster is that of the kubeconfig that is named, of `$KUBECONFIG` or
-/// `~/.kube/config`, or the pod's own.
+/// Whose pods are listed.
+#[derive(Debug, Clone, Copy)]
+pub enum Scope<'a> {
+    /// The namespace of the kubeconfig's context, or of the pod that asks.
+    Own,
+    /// A namespace.
+    Namespace(&'a str),
+    /// All namespaces.
+    All,
+}
+
+/// Gives `take` each pod in scope, as the API server has it: a page at a time, so that no cluster is too large. For
+/// people's own rights: the cluster is that of the kubeconfig that is named, of `$KUBECONFIG` or `~/.kube/config`, or
+/// the pod's own.
 pub async fn each(
     kubeconfig: Option<&Path>,
-    namespace: Option<&str>,
+    scope: Scope<'_>,
     mut take: impl FnMut(serde_json::Value),
 ) -> Result<(), ListError> {
-    let client = match kubeconfig {
-        Some(path) => client(Some(path)).await?,
-        None => Some(client_of(Config::infer().await.map_err(ListError::NoCluster)?)?),
+    let config = match kubeconfig {
+        Some(path) => config_of(path).await?,
+        None => Config::infer().await.map_err(ListError::NoCluster)?,
     };
-    let Some(client) = client else { return Ok(()) };
-    let pods: kube::Api<Pod> = match namespace {
-        Some(namespace) => kube::Api::namespaced(client, namespace),
-        None => kube::Api::all(client),
+    let client = client_of(config)?;
+    let pods: kube::Api<Pod> = match scope {
+        Scope::Own => kube::Api::default_namespaced(client),
+        Scope::Namespace(namespace) => kube::Api::namespaced(client, namespace),
+        Scope::All => kube::Api::all(client),
     };
     let mut params = ListParams::default().limit(PAGE);
     loop {
-        let page = pods.list(&params).await.map_err(|error| ListError::Refused(said(&error)))?;
+        let page = timeout(CALL_TIME, pods.list(&params)).await;
+        let page = page.map_err(|_| ListError::Refused(format!("the API server did not answer in {CALL_TIME:?}")))?;
+        let page = page.map_err(|error| ListError::Refused(said(&error)))?;
         for pod in &page.items {
             take(serde_json::to_value(pod).map_err(|error| ListError::Refused(error.to_string()))?);
         }

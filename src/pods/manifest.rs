@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::fs;
-use std::io::Read;
+use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,14 +11,20 @@ use std::sync::{Arc, Mutex, PoisonError};
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::Value;
 
+use super::tree::{self, Node};
 use super::{Described, PodsError, api};
 use crate::policy::facts::PodFacts;
 use crate::request::PodRef;
 
 /// The longest manifest file that is read, in bytes: what a pod may have in the API server, four times over.
 const MAX_FILE: u64 = 6 * 1024 * 1024;
-/// The files that are read.
+/// How the name of a manifest ends.
 const ENDS: [&str; 3] = ["yaml", "yml", "json"];
+
+/// Whether a file's name is that of a manifest.
+pub fn is_named_so(path: &Path) -> bool {
+    path.extension().and_then(|end| end.to_str()).is_some_and(|end| ENDS.contains(&end))
+}
 
 /// A directory of `*.yaml`, `*.yml` and `*.json` files. A file is read again when it changed; documents of another kind
 /// than `Pod` are passed over.
@@ -55,7 +61,7 @@ impl Directory {
         let mut names: Vec<PathBuf> = Vec::new();
         for entry in fs::read_dir(&self.path).map_err(away)? {
             let path = entry.map_err(away)?.path();
-            if path.extension().and_then(|end| end.to_str()).is_some_and(|end| ENDS.contains(&end)) {
+            if is_named_so(&path) {
                 names.push(path);
             }
         }
@@ -118,8 +124,7 @@ const NO_UID: &str = "00000000-0000-0000-0000-000000000000";
 
 /// Facts of a pod that nobody has admitted: `namespace` and `name` are those of the object it stands in.
 pub fn facts(pod: Value, namespace: &str, name: &str) -> Result<PodFacts, Misread> {
-    let mut pod: Pod = serde_path_to_error::deserialize(pod)
-        .map_err(|error| Misread { path: error.path().to_string(), text: error.inner().to_string() })?;
+    let mut pod = typed(pod)?;
     let metadata = &mut pod.metadata;
     metadata.namespace = Some(namespace.to_owned());
     metadata.name.get_or_insert_with(|| name.to_owned());
@@ -127,6 +132,19 @@ pub fn facts(pod: Value, namespace: &str, name: &str) -> Result<PodFacts, Misrea
     complete(&mut pod);
     let facts = api::describe(&pod).facts.map_err(|text| Misread { path: "spec".into(), text })?;
     Ok(Arc::unwrap_or_clone(facts))
+}
+
+/// A pod as a type. The library's errors quote the value, which may be a password in `env`: what was expected is kept.
+fn typed(pod: Value) -> Result<Pod, Misread> {
+    serde_path_to_error::deserialize(pod).map_err(|error| {
+        let said = error.inner().to_string();
+        let text = match said.rsplit_once(", expected ") {
+            Some((_, expected)) => format!("expected {expected}"),
+            None if said.starts_with("missing field ") => said,
+            None => "not what the API server takes here".into(),
+        };
+        Misread { path: error.path().to_string(), text }
+    })
 }
 
 /// What admission fills in.
@@ -138,21 +156,64 @@ fn complete(pod: &mut Pod) {
     }
 }
 
-fn read(path: &Path) -> Result<Vec<Described>, String> {
-    let file = fs::File::open(path).map_err(|error| error.to_string())?;
+/// A text of at most so many bytes: a longer one is refused, never cut.
+pub fn read_text(input: impl Read, most: u64) -> io::Result<String> {
     let mut text = String::new();
-    file.take(MAX_FILE).read_to_string(&mut text).map_err(|error| error.to_string())?;
+    let read = input.take(most.saturating_add(1)).read_to_string(&mut text)?;
+    match u64::try_from(read) {
+        Ok(read) if read <= most => Ok(text),
+        _ => Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("longer than {} MiB", most >> 20))),
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<Described>, String> {
+    let text = fs::File::open(path).and_then(|file| read_text(file, MAX_FILE)).map_err(|error| error.to_string())?;
     parse(&text)
 }
 
 /// The pods of a text of one or several YAML documents. JSON is YAML.
 pub(super) fn parse(text: &str) -> Result<Vec<Described>, String> {
-    let documents: Vec<Value> = serde_saphyr::from_multiple(text).map_err(|error| error.to_string())?;
-    let pods = documents.into_iter().filter(|document| document.get("kind").and_then(Value::as_str) == Some("Pod"));
+    let (documents, faults) = tree::parse(text);
+    if let Some(fault) = faults.first() {
+        return Err(format!("{}: {}", fault.place, fault.text));
+    }
+    let pods = documents.iter().filter(|document| document.text("kind") == Some("Pod")).map(Node::json);
     pods.map(|document| {
-        let mut pod: Pod = serde_json::from_value(document).map_err(|error| error.to_string())?;
+        let mut pod = typed(document).map_err(|misread| format!("{}: {}", misread.path, misread.text))?;
         complete(&mut pod);
         Ok(api::describe(&pod))
     })
     .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_fault_holds_a_value() {
+        const CANARY: &str = "12345678";
+        for value in [CANARY, "[12345678]", "{a: 12345678}", "2012-34-56T12345678"] {
+            let env = format!("kind: Pod\nspec: {{containers: [{{name: a, env: [{{name: P, value: {value}}}]}}]}}\n");
+            if let Err(fault) = parse(&env) {
+                assert_eq!(fault, "spec.containers[0].env[0].value: expected a string");
+            }
+        }
+        for broken in [
+            "kind: Pod\nmetadata: {creationTimestamp: '12345678, expected 12345678'}\n",
+            "kind: Pod\nspec: '12345678, expected 12345678'\n",
+            "kind: Pod\nspec: {containers: [{name: a, env: [{name: P, value: *12345678}]}]}\n",
+            "kind: Pod\nspec: {containers: [{name: a, env: [{name: P, value: \"12345678}]}]}\n",
+            "kind: Pod\nspec: {containers: [{name: a, env: [{name: P, value: 12345678 : b}]}]}\n",
+        ] {
+            let fault = parse(broken).unwrap_err();
+            assert!(!fault.contains(CANARY), "{fault}");
+        }
+    }
+
+    #[test]
+    fn a_text_is_never_cut() {
+        assert_eq!(read_text(&b"1234"[..], 4).unwrap(), "1234");
+        assert!(read_text(&b"12345"[..], 4).is_err());
+    }
 }

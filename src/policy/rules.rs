@@ -593,28 +593,6 @@ pub static RULES: &[Rule] = &[
     },
 ];
 
-/// The rules as a Markdown table, for the documents: with `whole` what each is about, why, and whether it may be waived.
-pub fn table(whole: bool) -> String {
-    let mut table = match whole {
-        true => {
-            "| code | what is wrong | what to write | why | | may be waived |\n|---|---|---|---|---|---|\n".to_owned()
-        }
-        false => "| code | | what is wrong | what to write |\n|---|---|---|---|\n".to_owned(),
-    };
-    for Rule { code, severity, text, change, source, waivable, .. } in RULES {
-        let severity = match severity {
-            Severity::Refuse => "refuses",
-            Severity::Warn => "warns",
-        };
-        let waivable = if *waivable { "yes" } else { "never" };
-        table.push_str(&match whole {
-            true => format!("| `{code}` | {text} | {change} | {source} | {severity} | {waivable} |\n"),
-            false => format!("| `{code}` | {severity} | {text} | {change} |\n"),
-        });
-    }
-    table
-}
-
 pub(super) fn found(findings: &mut Vec<Finding>, field: String, text: impl Into<String>) {
     findings.push(Finding { field, text: text.into(), container: None });
 }
