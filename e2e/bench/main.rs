@@ -13,7 +13,9 @@ mod memory;
 mod report;
 
 use std::collections::VecDeque;
+use std::fs;
 use std::path::Path;
+use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -33,6 +35,8 @@ const WARM_UP: usize = 20;
 const AT_ONCE: usize = 10;
 /// The volumes of a full node.
 const BURST: usize = 110;
+/// The pods of one `sealmount check`.
+const CHECKED: usize = 1000;
 /// The volume of every pod here.
 const VOLUME: &str = "creds";
 const APP: u32 = 1000;
@@ -64,6 +68,8 @@ struct Job {
 #[tokio::main(flavor = "current_thread")]
 async fn main() {
     let mut bench = Bench::start().await;
+    eprintln!("sealmount check of {CHECKED} pods");
+    bench.check();
     eprintln!("memory: idle, and after {BURST} volumes");
     bench.memory().await;
     let (node, kubelet) = bench.node().await;
@@ -156,6 +162,39 @@ impl Bench {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
         panic!("{} tokens were not revoked within 30 s", self.bao.tokens().await - count);
+    }
+
+    /// Manifests from a file to the report, in a process of its own.
+    fn check(&mut self) {
+        const POD: &str = "\
+apiVersion: v1
+kind: Pod
+metadata: {name: api, namespace: payments}
+spec:
+  containers:
+  - name: app
+    image: registry.example/app:1
+    securityContext: {runAsUser: 1000}
+    volumeMounts: [{name: db, mountPath: /run/db}]
+  - name: exporter
+    image: registry.example/exporter:1
+    securityContext: {runAsUser: 1001, allowPrivilegeEscalation: false}
+  volumes:
+  - {name: db, csi: {driver: csi.sealmount.io, readOnly: true, nodePublishSecretRef: {name: db}}}
+";
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("pods.yaml");
+        fs::write(&file, vec![POD; CHECKED].join("---\n")).unwrap();
+        let times: Vec<Duration> = (0..10)
+            .map(|_| {
+                let begun = Instant::now();
+                let output = Command::new(lab::node::binary()).arg("check").arg(&file).output().unwrap();
+                assert!(output.status.success(), "{output:?}");
+                begun.elapsed()
+            })
+            .collect();
+        let whole = self.report.times(&format!("sealmount check of {CHECKED} pods"), &times);
+        self.report.goal(&format!("sealmount check of {CHECKED} pods, p50 in ms"), whole, Goal::AtMost(2000.0));
     }
 
     async fn memory(&mut self) {

@@ -315,13 +315,15 @@ fn size(node: &Node) -> usize {
     inside.saturating_add(1)
 }
 
-/// What an unquoted scalar means to `kubectl`: YAML 1.1's booleans but `y` and `n`, null, what Go takes for a number,
-/// else text (sigs.k8s.io/yaml, resolve.go).
+/// What an unquoted scalar means to `kubectl`: YAML 1.1's booleans, null, what Go takes for a number, else text
+/// (sigs.k8s.io/yaml, resolve.go).
 fn plain(text: &str) -> Json {
     match text {
         "" | "~" | "null" | "Null" | "NULL" => return Json::Null,
-        "true" | "True" | "TRUE" | "yes" | "Yes" | "YES" | "on" | "On" | "ON" => return Json::Bool(true),
-        "false" | "False" | "FALSE" | "no" | "No" | "NO" | "off" | "Off" | "OFF" => return Json::Bool(false),
+        "true" | "True" | "TRUE" | "y" | "Y" | "yes" | "Yes" | "YES" | "on" | "On" | "ON" => return Json::Bool(true),
+        "false" | "False" | "FALSE" | "n" | "N" | "no" | "No" | "NO" | "off" | "Off" | "OFF" => {
+            return Json::Bool(false);
+        }
         _ => {}
     }
     if !text.starts_with(|first: char| first.is_ascii_digit() || matches!(first, '.' | '+' | '-')) {
@@ -379,6 +381,8 @@ mod tests {
             json!([["a", 1, -2, 420, 31, 1.5, 1000.0, true, false, null, null, "1", "true", "1.2.3", "10Mi", ""]]);
         assert_eq!(read(source), expected);
         for (source, expected) in [
+            ("y", json!(true)),
+            ("N", json!(false)),
             ("1_000", json!(1000)),
             ("0b101", json!(5)),
             ("0o17", json!(15)),
@@ -405,8 +409,8 @@ mod tests {
     #[test]
     fn documents_anchors_and_merges() {
         assert_eq!(read("a: 1\n---\nb: 2\n---\n"), json!([{"a": 1}, {"b": 2}, null]));
-        let source = "x: &x {a: 1, b: 2}\ny: *x\nz: {<<: *x, b: 3}\n";
-        assert_eq!(read(source), json!([{"x": {"a": 1, "b": 2}, "y": {"a": 1, "b": 2}, "z": {"a": 1, "b": 3}}]));
+        let source = "p: &x {a: 1, b: 2}\nq: *x\nr: {<<: *x, b: 3}\n";
+        assert_eq!(read(source), json!([{"p": {"a": 1, "b": 2}, "q": {"a": 1, "b": 2}, "r": {"a": 1, "b": 3}}]));
         assert_eq!(read("{\"a\": [1, {\"b\": null}]}"), json!([{"a": [1, {"b": null}]}]));
     }
 
