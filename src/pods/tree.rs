@@ -120,17 +120,18 @@ fn steps(path: &str) -> Vec<&str> {
 
 /// The documents of a text, and what is wrong with the others: one that cannot be read hides none that can.
 pub(crate) fn parse(source: &str) -> (Vec<Node>, Vec<Fault>) {
-    let mut reader = Reader::default();
+    let mut reader = Reader { begun: 1, ..Reader::default() };
     let mut faults = Vec::new();
     let mut rest = source;
     while let Err(fault) = reader.read(rest) {
-        // Not the line that this part began with.
-        let line = fault.place.line.saturating_sub(reader.above).max(2);
+        // Not the line that the document itself begins with.
+        let line = fault.place.line.max(reader.begun.saturating_add(1)).saturating_sub(reader.above);
         faults.push(fault);
         let next = next_document(rest, line).filter(|_| reader.nodes <= MAX_NODES);
         let Some((offset, above)) = next else { break };
         rest = rest.get(offset..).unwrap_or_default();
         reader.above = reader.above.saturating_add(above);
+        reader.begun = reader.above.saturating_add(1);
         reader.open.clear();
     }
     (reader.documents, faults)
@@ -171,6 +172,8 @@ struct Reader {
     nodes: usize,
     /// The lines above the part of the text that is read.
     above: usize,
+    /// The line with which the last document began.
+    begun: usize,
 }
 
 impl Reader {
@@ -202,7 +205,10 @@ impl Reader {
     fn event(&mut self, event: Event<'_>, span: Span) -> Result<(), Fault> {
         let place = self.place(Place::from(span));
         match event {
-            Event::DocumentStart(..) => self.anchors.clear(),
+            Event::DocumentStart(..) => {
+                self.begun = place.line;
+                self.anchors.clear();
+            }
             Event::Scalar(text, style, anchor, tag) => {
                 // Only what a tag of text says is taken: others would need a schema.
                 let value = if style == ScalarStyle::Plain && tag.is_none() { plain(&text) } else { text.into() };
