@@ -641,6 +641,72 @@ fn a_reader_that_goes_away_is_no_crash() {
     assert_eq!(output.status.code(), Some(2), "{output:?}");
 }
 
+/// Serves one list of pods for each request, and tells the paths that were asked for.
+fn api_server(pods: &Value) -> (u16, std::sync::mpsc::Receiver<String>) {
+    let body = json!({"kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": pods}).to_string();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let (tell, told) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let mut head = [0; 8192];
+            let read = stream.read(&mut head).unwrap();
+            let line = String::from_utf8_lossy(&head[..read]);
+            let path = line.split(' ').nth(1).unwrap().split('?').next().unwrap().to_owned();
+            let length = body.len();
+            let reply = format!(
+                "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\
+                 connection: close\r\n\r\n{body}"
+            );
+            stream.write_all(reply.as_bytes()).unwrap();
+            if tell.send(path).is_err() {
+                return;
+            }
+        }
+    });
+    (port, told)
+}
+
+#[test]
+fn a_cluster_is_asked_for_the_namespace_of_the_context() {
+    let pod = |name: &str, phase: &str| {
+        json!({
+            "metadata": {"name": name, "namespace": "payments", "uid": name},
+            "spec": {
+                "nodeName": "n", "serviceAccountName": "default",
+                "containers": [{"name": "app", "image": "a", "volumeMounts": [{"name": "db", "mountPath": "/db"}]}],
+                "volumes": [{"name": "db", "csi": {"driver": "csi.sealmount.io", "nodePublishSecretRef": {"name": "db"}}}],
+            },
+            "status": {"phase": phase},
+        })
+    };
+    let (port, told) = api_server(&json!([pod("ended", "Succeeded"), pod("failed", "Failed"), pod("runs", "Running")]));
+    let directory = tempfile::tempdir().unwrap();
+    let config = directory.path().join("kubeconfig");
+    let text = format!(
+        "apiVersion: v1\nkind: Config\ncurrent-context: c\nclusters: [{{name: c, cluster: {{server: \
+         'http://127.0.0.1:{port}'}}}}]\nusers: [{{name: u, user: {{}}}}]\ncontexts: [{{name: c, context: {{cluster: \
+         c, user: u, namespace: payments}}}}]\n"
+    );
+    fs::write(&config, text).unwrap();
+    let cluster = ["--cluster", "--kubeconfig", config.to_str().unwrap()];
+    for (more, path) in [
+        (&[][..], "/api/v1/namespaces/payments/pods"),
+        (&["-n", "other"], "/api/v1/namespaces/other/pods"),
+        (&["-A"], "/api/v1/pods"),
+    ] {
+        let ran = check(&[&cluster[..], more, &["-o", "json"]].concat(), "");
+        let report = json_of(&ran);
+        assert_eq!((ran.code, &report["pods"][0]["name"], &report["pods"][1]), (1, &json!("runs"), &Value::Null));
+        assert_eq!(told.recv().unwrap(), path);
+    }
+    let ran = check(&[&cluster[..], &["--fail-if-used"]].concat(), "");
+    assert!(ran.code == 1 && ran.out.ends_with("without it: 1\n  payments/runs\n"), "{ran:?}");
+    let ran = check(&[&cluster[..], &["-o", "github"]].concat(), "");
+    assert!(ran.out.starts_with("::error title=SM102::Pod payments/runs: SM102 "), "{ran:?}");
+}
+
 /// What a terminal of so many columns is shown.
 fn on_a_terminal(columns: u16, environment: &[(&str, &str)], file: &Path) -> String {
     use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
