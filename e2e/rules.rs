@@ -879,38 +879,46 @@ fn texts<'a>(source: &'a str, constant: &str) -> Vec<&'a str> {
 
 #[test]
 fn admission_has_every_refusal_in_the_words_of_the_rule() {
-    let rules = file("deploy/chart/files/admission.cel") + &file("deploy/chart/templates/admission.yaml");
-    let codes: Vec<&str> = sealmount::policy::RULES
-        .iter()
-        .filter(|rule| rule.severity == sealmount::policy::Severity::Refuse)
-        .map(|rule| rule.code.0)
-        .filter(|code| !DRIVER_ONLY.contains(code))
+    use sealmount::policy::{RULES, Severity};
+    let cel = file("deploy/chart/files/admission.cel");
+    let blocks: Vec<(&str, &str)> = cel
+        .trim()
+        .split("\n\n")
+        .map(|block| block.strip_prefix("# ").and_then(|block| block.split_once('\n')).expect(block))
         .collect();
-    for rule in sealmount::policy::RULES.iter().filter(|rule| codes.contains(&rule.code.0)) {
-        let code = rule.code.0;
-        assert!(rules.contains(&format!("\"{code} ")), "admission says nothing of {code}");
-        let change = format!("; {}\"", rule.change.replace('"', "\\\""));
-        assert!(rules.contains(&change), "admission has other words than {code}'s: {change}");
-    }
     // The order of the rules is the order of the validations: the first that fails is what the API server says.
-    let order: Vec<&str> = rules.lines().filter_map(|line| line.strip_prefix("# SM")).collect();
-    let mut sorted = order.clone();
-    sorted.sort_unstable();
-    assert_eq!(order, sorted);
-    let page = file("docs/admission.md");
-    for code in DRIVER_ONLY {
-        assert!(page.contains(&format!("| `{code}` |")), "docs/admission.md does not say why {code} stays");
+    let has = |code: &str| blocks.iter().any(|(known, _)| *known == code);
+    let rules: Vec<_> = RULES.iter().filter(|rule| has(rule.code.0)).collect();
+    assert_eq!(
+        blocks.iter().map(|(code, _)| *code).collect::<Vec<_>>(),
+        rules.iter().map(|r| r.code.0).collect::<Vec<_>>()
+    );
+    for (rule, (code, block)) in rules.iter().zip(&blocks) {
+        assert!(block.contains(&format!("\"{code} ")), "admission says nothing of {code}");
+        let change = format!("; {}\"", rule.change.replace('"', "\\\""));
+        assert!(block.contains(&change), "admission has other words than {code}'s: {change}");
     }
-    for (path, constant) in [
-        ("src/policy/neighbours.rs", "NODE_PATHS"),
-        ("src/policy/sidecars.rs", "KNOWN"),
-        ("src/policy/sidecars.rs", "NAMES"),
-        ("src/policy/sidecars.rs", "IMAGES"),
-    ] {
-        for text in texts(&file(path), constant) {
-            assert!(rules.contains(&format!("\"{text}\"")), "admission does not know {text} of {constant}");
+    let page = file("docs/admission.md");
+    for rule in RULES.iter().filter(|rule| rule.severity == Severity::Refuse) {
+        let code = rule.code.0;
+        assert_ne!(has(code), DRIVER_ONLY.contains(&code), "{code}");
+        if DRIVER_ONLY.contains(&code) {
+            assert!(page.contains(&format!("| `{code}` |")), "docs/admission.md does not say why {code} stays");
         }
     }
+    let template = file("deploy/chart/templates/admission.yaml");
+    for (path, constant) in
+        [("src/policy/sidecars.rs", "KNOWN"), ("src/policy/sidecars.rs", "NAMES"), ("src/policy/sidecars.rs", "IMAGES")]
+    {
+        for text in texts(&file(path), constant) {
+            assert!(template.contains(&format!("\"{text}\"")), "admission does not know {text} of {constant}");
+        }
+    }
+    // Their order decides which one a message names.
+    let (_, paths) = template.split_once("- name: nodePaths").unwrap();
+    let (paths, _) = paths.split_once("- name: ").unwrap();
+    let paths: Vec<&str> = paths.split('"').skip(1).step_by(2).collect();
+    assert_eq!(paths, texts(&file("src/policy/neighbours.rs"), "NODE_PATHS"));
 }
 
 #[test]
