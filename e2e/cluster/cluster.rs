@@ -24,6 +24,9 @@ pub(crate) const VAULT: &str = "vault.example";
 /// The namespace of the driver.
 pub(crate) const SYSTEM: &str = "sealmount-system";
 
+/// What the API server writes of requests about pods, without their bodies.
+pub(crate) const AUDIT_LOG: &str = "/var/log/audit.log";
+
 /// How long things last: the full values with `LONG=1`.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Times {
@@ -372,6 +375,15 @@ impl Pki {
         let tokens = rcgen::KeyPair::generate().expect("make a key");
         put("tokens.key", &tokens.serialize_pem());
         put("tokens.pub", &tokens.public_key_pem());
+        let audit = json!({
+            "apiVersion": "audit.k8s.io/v1", "kind": "Policy", "omitStages": ["RequestReceived"],
+            "rules": [
+                {"level": "Metadata", "verbs": ["create", "update", "patch"],
+                 "resources": [{"resources": ["pods", "pods/ephemeralcontainers"]}]},
+                {"level": "None"},
+            ],
+        });
+        put("audit.json", &audit.to_string());
         Self { dir: dir.to_owned() }
     }
 
@@ -396,6 +408,8 @@ impl Pki {
             "--kubelet-client-key=/var/lib/pki/admin.key",
             "--kubelet-preferred-address-types=InternalIP",
             "--endpoint-reconciler-type=none",
+            "--audit-policy-file=/var/lib/pki/audit.json",
+            "--audit-log-path=/var/log/audit.log",
         ]
     }
 }
