@@ -18,15 +18,15 @@ use crate::kube::run;
 use crate::runner::{Check, check};
 
 pub(crate) static CHECKS: &[Check] = &[
-    check!("the image: one static program, labels, at most 16 MB", image),
+    check!("the image: one static program, labels, at most 16 MB, the same whenever it is built", image),
     check!("the API server takes the chart with default values and with all on", dry_run),
-    check!("a value that the chart does not know is refused", typo),
+    check!("a value that the chart does not know is refused, and one that would do nothing or harm", typo),
     check!("the ServiceAccount may write events and nothing else", rights),
     check!("the worker can read its token, and the API server takes it", token),
     check!("root keeps nine capabilities, the worker none", capabilities),
     check!("SIGTERM ends the container by itself", terminate),
     check!("metrics are served on the pod's address when they are on, and only then", metrics),
-    check!("an update with a bad platform file ends at the first node and says why", bad_file),
+    check!("a driver that starts with a bad platform file is not ready, says why, serves nothing new", bad_file),
     check!("helm uninstall is refused while a pod has a volume", uninstall),
     check!("deploy/sealmount.yaml is the chart's, and serves without Helm", manifest),
 ];
@@ -85,7 +85,7 @@ fn status_word<'a>(status: &'a str, name: &str) -> &'a str {
     line.trim_start_matches(':').split_whitespace().next().unwrap_or_default()
 }
 
-async fn image(_: &mut Cluster) -> String {
+async fn image(cluster: &mut Cluster) -> String {
     let archive = crate::lab::programs::cache().join("images/sealmount.tar");
     let path = archive.display().to_string();
     let manifest = ran("tar", &["-xOf", &path, "manifest.json"], "").await;
@@ -105,8 +105,23 @@ async fn image(_: &mut Cluster) -> String {
     assert_eq!(list.trim(), "sealmount", "the only file");
     let bytes = fs::metadata(&archive).expect("the image").len();
     assert!(bytes <= 16_000_000, "{bytes} bytes");
-    format!("{:.1} MB, revision {}", bytes as f64 / 1e6, &revision[..revision.len().min(12)])
+    // Twice more from the same program, which is not built again. The identity is the hash of the config.
+    let program = std::env::var("SEALMOUNT_BIN").expect("SEALMOUNT_BIN names the driver");
+    let release = Path::new(&program).parent().expect("a directory").display().to_string();
+    let images = cluster.dir.join("tmp/images").display().to_string();
+    let project = cluster.project.display().to_string();
+    let set = [format!("RELEASE={release}"), format!("IMAGES={images}"), format!("REVISION={revision}")];
+    let make = [&["-s", "-C", &project, "-o", "release", "image"][..], &set.each_ref().map(String::as_str)].concat();
+    for _ in 0..2 {
+        ran("make", &make, "").await;
+        let id = fs::read_to_string(Path::new(&images).join("id")).expect("the image's id");
+        assert_eq!(manifest[0]["Config"], format!("{}.json", id.trim()), "the same program gave another image");
+    }
+    format!("{:.1} MB, revision {}, three times the same", bytes as f64 / 1e6, &revision[..revision.len().min(12)])
 }
+
+/// A text that a block of YAML would not keep: its first line is indented, and blank lines end it.
+const AWKWARD: &str = "  first\nlast \n\n\n";
 
 /// Every value that turns something on.
 fn all_on() -> Value {
@@ -134,13 +149,14 @@ fn all_on() -> Value {
                 "waivers": [{"code": "SM170", "namespace": "a", "until": "2099-12-31", "reason": "moves"}],
             },
         },
-        "configFiles": {"ca.pem": "-----BEGIN CERTIFICATE-----\n"},
+        "configFiles": {"ca.pem": "-----BEGIN CERTIFICATE-----\n", "1e3": AWKWARD},
+        "kubeletDir": "/data/{kubelet}, x",
         "podsFrom": "api",
         "admission": {"excludeNamespaces": ["a", "b"]},
         "allowSwap": true,
         "metrics": {"enabled": true},
         "hostAliases": [{"ip": "10.0.0.1", "hostnames": ["vault.example"]}],
-        "nodeSelector": {"pool": "a"},
+        "nodeSelector": {"pool": "a", "kubernetes.io/os": "linux"},
         "tolerations": [{"key": "dedicated", "operator": "Exists", "effect": "NoSchedule"}],
         "podAnnotations": {"a": "b"},
         "podLabels": {"c": "d"},
@@ -175,6 +191,29 @@ async fn dry_run(cluster: &mut Cluster) -> String {
     for absent in ["runAsUser:", "runAsGroup:", "fsGroup:", "hostNetwork: true", "hostPID: true"] {
         assert!(!driver.contains(absent), "{absent} in\n{driver}");
     }
+    let driver: Value = serde_saphyr::from_str(driver).expect("YAML");
+    let driver = &driver["spec"]["template"]["spec"];
+    let container = &driver["containers"][0];
+    let directory = "/data/{kubelet}, x";
+    let socket = format!("--csi-socket={directory}/plugins/csi.sealmount.io/csi.sock");
+    let args = container["args"].as_array().expect("args");
+    for arg in
+        [&format!("--kubelet-dir={directory}"), &socket, &format!("--registration-dir={directory}/plugins_registry")]
+    {
+        assert!(args.contains(&json!(arg)), "{arg} in {args:?}");
+    }
+    for probe in ["startupProbe", "livenessProbe", "readinessProbe"] {
+        assert_eq!(container[probe]["exec"]["command"][3], json!(socket), "{probe}");
+    }
+    assert_eq!(container["volumeMounts"][0]["mountPath"], directory);
+    assert_eq!(driver["volumes"][0]["hostPath"]["path"], directory);
+    assert_eq!(driver["nodeSelector"], json!({"pool": "a", "kubernetes.io/os": "linux"}));
+    let files = text.split("\n---\n").find(|part| part.contains("\nkind: ConfigMap\n")).expect("a ConfigMap");
+    let files: Value = serde_saphyr::from_str(files).expect("YAML");
+    assert_eq!(files["data"]["1e3"], AWKWARD);
+    // Nobody is not everybody.
+    let nobody = template(cluster, &json!({"config": {"policy": {"namespaces": {"allow": []}}}})).await;
+    assert!(nobody.contains("- name: allowed\n    expression: \"[]\"\n"), "{nobody}");
     "default and all on; the audiences of three connections, each once".to_owned()
 }
 
@@ -188,7 +227,30 @@ async fn typo(cluster: &mut Cluster) -> String {
         let name = set.split('=').next().and_then(|path| path.rsplit('.').next()).expect("a name");
         assert!(!output.status.success() && said.contains(name), "{set}: {said}");
     }
-    wrong.join(", ")
+    // Each with what the refusal must say.
+    let useless = [
+        ("configFiles", json!({"ca.pem": "x"}), "write config too"),
+        ("podLabels", json!({"helm.sh/chart": "x"}), "the chart writes helm.sh/chart itself"),
+        ("podAnnotations", json!({"checksum/config": "x"}), "the chart writes checksum/config itself"),
+        ("nodeSelector", json!({"kubernetes.io/os": "windows"}), "must be 'linux'"),
+        ("kubeletDir", json!("/var/run/kubelet"), "/run instead of /var/run"),
+        ("kubeletDir", json!("/var//kubelet"), "kubeletDir"),
+        ("maxUnavailable", json!(0), "maxUnavailable"),
+        ("maxUnavailable", json!("0%"), "maxUnavailable"),
+        ("config", json!({"log": {"level": "verbose"}}), "'error', 'warn', 'info', 'debug', 'trace'"),
+        ("config", json!({"audit": {"output": "file"}}), "'stdout'"),
+        ("config", json!({"policy": {"runtime_classes": {"a": {"gate": "enforce"}}}}), "'off'"),
+        ("config", json!({"connections": {"a": {"share_login": "node"}}}), "'service_account', 'pod'"),
+        ("config", json!({"connections": {"a": {"auth": {"method": "approle"}}}}), "'kubernetes', 'jwt'"),
+    ];
+    for (name, value, expected) in &useless {
+        let set = format!("{name}={value}");
+        let args = ["template", "dry", &chart, "--kube-version", &cluster.version, "--set-json", &set];
+        let output = run("helm", &args, "").await;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && said.contains(expected), "{set}: {said}");
+    }
+    format!("{} and {} that it knows", wrong.join(", "), useless.len())
 }
 
 async fn rights(cluster: &mut Cluster) -> String {
@@ -383,11 +445,16 @@ async fn bad_file(cluster: &mut Cluster) -> String {
     let name = driver["metadata"]["name"].as_str().expect("a name").to_owned();
     let event = cluster.kube.event(SYSTEM, &name, "the platform file was not taken", LIMIT).await;
     let now = cluster.kube.pod(SYSTEM, &name).await.expect("the driver's pod");
-    // What stood stays, and what needs no file ends.
+    // Nothing new is served; what stood stays, and what needs no file ends.
+    cluster.kube.apply(&namespace, &plain_pod("after", "db").to_string()).await;
+    cluster.kube.event(&namespace, "after", "the platform file is not valid", LIMIT).await;
+    let after = cluster.kube.pod(&namespace, "after").await.expect("the pod");
     let kept = cluster.reads(&namespace, "before", "app", "/s/k").await;
     cluster.kube.delete_pod(&namespace, "before").await;
+    cluster.kube.delete_pod(&namespace, "after").await;
     back(cluster, &installed).await;
     assert!(!is_ready(&now), "{}", now["status"]);
+    assert_eq!(after["status"]["phase"], "Pending", "{}", after["status"]);
     assert_eq!(kept, Ok(value));
     assert!(event.message.contains("connections.prod.ca_file"), "{event:?}");
     event.message.lines().collect()
