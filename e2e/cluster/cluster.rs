@@ -47,6 +47,11 @@ impl Times {
             Self { sync: seconds(10), stale_after: seconds(20), outage: seconds(30) }
         }
     }
+
+    /// When the kubelet has surely published again: its syncs, and time for a busy machine.
+    pub(crate) fn republished(self) -> Duration {
+        2 * self.sync + Duration::from_secs(60)
+    }
 }
 
 /// A program of the node that tests stop and start.

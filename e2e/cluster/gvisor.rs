@@ -90,7 +90,7 @@ async fn sandboxed(cluster: &mut Cluster) -> String {
     }
     let second = cluster.canary();
     cluster.secret(&namespace, "db", &[("password", &second)]).await;
-    until("the sandbox sees the new content", Duration::from_secs(90), async || {
+    until("the sandbox sees the new content", cluster.times.republished(), async || {
         cluster.reads(&namespace, "sealed", "app", "/s/password").await == Ok(second.clone())
     })
     .await;

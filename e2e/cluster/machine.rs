@@ -143,7 +143,11 @@ fn end(dir: &Path) {
 fn clean(dir: &Path) -> Result<(), String> {
     let name = cgroup(dir);
     for hierarchy in hierarchies() {
-        remove_cgroup(&hierarchy.join(&name));
+        let own = hierarchy.join(&name);
+        remove_cgroup(&own);
+        if own.exists() {
+            return Err(format!("{} could not be removed: a process is in it", own.display()));
+        }
     }
     if dir.exists() {
         // Only what the runner itself made: a wrong E2E_DIR must not cost somebody a directory.

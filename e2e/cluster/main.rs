@@ -38,10 +38,13 @@ mod suite;
 
 use std::process::ExitCode;
 
+/// The newest Kubernetes supported: the default, and what the README's table is of.
+const NEWEST: &str = "1.37.2";
+
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let version = std::env::var("K8S").ok().filter(|version| !version.is_empty());
-    let version = version.unwrap_or_else(|| "1.37.2".to_owned());
+    let version = version.unwrap_or_else(|| NEWEST.to_owned());
     let programs = || programs::Programs::get(&version);
     let result = match args.first().map(String::as_str) {
         Some("programs") => programs().map(|_| {
@@ -51,7 +54,6 @@ fn main() -> ExitCode {
             }
             0
         }),
-        // What a run wrote, into the README.
         Some("readme") => attacks::into_readme(std::path::Path::new(env!("CARGO_MANIFEST_DIR"))).map(|()| 0),
         Some("down") => machine::down().map(|()| 0),
         // The first process inside, and the one that does the work.

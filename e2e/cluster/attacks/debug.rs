@@ -81,7 +81,7 @@ pub(super) async fn run(cluster: &mut Cluster) -> String {
             *got = scene.attack(&name, way.name, column, &attack).await;
         }
         let refused = admission(&scene, &way).await;
-        rows.push(Row::refused(way.number, way.tried, seen, &refused));
+        rows.push(Row::not_admitted(way.number, way.tried, seen, &refused));
         scene.cluster.kube.delete_pod(NAMESPACE, &name).await;
     }
     table::add(rows)

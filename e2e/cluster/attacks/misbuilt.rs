@@ -4,7 +4,8 @@
 use serde_json::{Value, json};
 
 use super::scene::{
-    APP, COLUMNS, MARKS, NAMESPACE, Scene, app, capable, mesh, mount, native, neighbour, path, plain_root, pod, proxy,
+    APP, COLUMNS, MARKS, NAMESPACE, Scene, app, capable, container, mesh, mount, native, neighbour, path, plain_root,
+    pod, proxy,
 };
 use super::table::{self, Got, Row};
 use crate::chart::{back, revision, rolled_out, upgrade};
@@ -59,25 +60,30 @@ async fn waive(cluster: &Cluster) {
 
 async fn refused(scene: &Scene<'_>) -> Refused {
     let sidecar = || Some(native(mesh("istio-proxy", 15000)));
-    let one = async |name: &str, injected: Option<Value>, containers: &[Value], change: fn(&mut Value), code: &str| {
+    let one = async |name: &str, injected: Option<Value>, containers: &[Value], change: fn(&mut Value), field: &str| {
         let mut pod = pod(&format!("refused-{name}"), &OURS, injected, containers);
         change(&mut pod["spec"]);
-        scene.refused(&pod, code).await
+        scene.refused(&pod, field).await
     };
     let same = |_: &mut Value| ();
     let share: fn(&mut Value) = |spec| spec["shareProcessNamespace"] = json!(true);
     let on_host: fn(&mut Value) = |spec| spec["hostPID"] = json!(true);
     let privileged = [app(&OURS), privileged("root")];
     let tracer = [app(&OURS), capable("tracer", 0, &["SYS_PTRACE"])];
+    let neighbours = [app(&OURS), neighbour("neighbour", 1337)];
+    let by_proxy = "SM130 spec.initContainers[1].volumeMounts[3]";
+    let context = |container: &str, field: &str| format!("{container}.securityContext.{field}");
     Refused {
-        mount: one("mount", proxy_of(mount("sealed")), &[app(&OURS)], same, "SM130").await,
-        sub_path: one("subpath", proxy_of(by_sub_path("sealed")), &[app(&OURS)], same, "SM130").await,
-        init: one("init", Some(thief(&OURS)), &[app(&OURS)], same, "SM130").await,
-        shared: one("shared", sidecar(), &[app(&OURS)], share, "SM131").await,
-        host: one("host", None, &[app(&OURS), neighbour("neighbour", 1337)], on_host, "SM132").await,
-        mesh: one("uid", with_app_uid(), &[app(&OURS)], same, "SM123").await,
-        privileged: one("privileged", None, &privileged, same, "SM160").await,
-        tracer: one("tracer", None, &tracer, same, "SM162").await,
+        mount: one("mount", proxy_of(mount("sealed")), &[app(&OURS)], same, by_proxy).await,
+        sub_path: one("subpath", proxy_of(by_sub_path("sealed")), &[app(&OURS)], same, by_proxy).await,
+        init: one("init", Some(thief(&OURS)), &[app(&OURS)], same, "SM130 spec.initContainers[1].volumeMounts[1]")
+            .await,
+        shared: one("shared", sidecar(), &[app(&OURS)], share, "SM131 spec.shareProcessNamespace").await,
+        host: one("host", None, &neighbours, on_host, "SM132 spec.hostPID").await,
+        mesh: one("uid", with_app_uid(), &[app(&OURS)], same, &context("SM123 spec.containers[0]", "runAsUser")).await,
+        privileged: one("privileged", None, &privileged, same, &context("SM160 spec.containers[1]", "privileged"))
+            .await,
+        tracer: one("tracer", None, &tracer, same, &context("SM162 spec.containers[1]", "capabilities.add[0]")).await,
     }
 }
 
@@ -194,15 +200,29 @@ async fn mesh_uid(scene: &Scene<'_>, refused: &Got) -> Row {
     Row::refused(11, &format!("a mesh proxy with the app's UID: {BY_SOCKET}"), seen.await, refused)
 }
 
-/// Row 8: no process is shared, and root with a right finds the application by its unix socket.
+/// Row 8: no process is shared: root with a right finds the application by its unix socket, and by no process number.
 async fn by_socket(scene: &Scene<'_>, refused: &Refused) -> Vec<Row> {
     let tracers = [app(&COLUMNS), capable("tracer", 0, &["SYS_PTRACE"]), privileged("root")];
     scene.start(&pod("traced", &COLUMNS, None, &tracers)).await;
     let tracer = three(async |column| scene.attack("traced", "tracer", column, &["peer", "app", MARKS[column]]).await);
     let tracer = tracer.await;
     let root = three(async |column| scene.attack("traced", "root", column, &["peer", "app", MARKS[column]]).await);
-    vec![
+    let mut rows = vec![
         Row::refused(8, &format!("root with SYS_PTRACE: {BY_SOCKET}"), tracer, &refused.tracer),
         Row::refused(8, &format!("a privileged neighbour: {BY_SOCKET}"), root.await, &refused.privileged),
-    ]
+    ];
+    // The usual way: an agent, and processes that are shared.
+    let agent = container("agent", 1337, &["/bin/app", "agent", "agent", "8100", "/run/usual/password"]);
+    let mut fetched = pod("fetched", &["usual"], None, &[agent, capable("tracer", 0, &["SYS_PTRACE"])]);
+    fetched["spec"]["shareProcessNamespace"] = json!(true);
+    scene.start(&fetched).await;
+    for (what, attack) in [("ptrace", "ptrace"), ("process_vm_readv", "vm-readv")] {
+        let seen = three(async |column| {
+            let pod = if column == 0 { "fetched" } else { "traced" };
+            scene.attack(pod, "tracer", column, &[attack, MARKS[column]]).await
+        });
+        let text = format!("root with SYS_PTRACE: {what}, no shared processes (usual way: an agent, shared processes)");
+        rows.push(Row::refused(8, &text, seen.await, &refused.tracer));
+    }
+    rows
 }

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::ordinary::{from_vault, role_without_audience};
-use super::scene::{APP, COLUMNS, NAMESPACE, READY, Scene, app, mesh, native, neighbour, plain_root, pod, proxy};
+use super::scene::{APP, COLUMNS, NAMESPACE, READY, ROLE, Scene, app, mesh, native, neighbour, plain_root, pod, proxy};
 use super::table::{self, Got, Row};
 use crate::chart::{back, revision, rolled_out, upgrade};
 use crate::cluster::Cluster;
@@ -50,9 +50,10 @@ fn exposed(mut pod: Value) -> Value {
 /// Rows whose codes the platform team may waive: refused, and tried in a pod for which they are waived.
 async fn waivable(scene: &Scene<'_>) -> Vec<Row> {
     let by_host = exposed(pod("refused-host-path", &OURS, None, &[app(&OURS), with_host(plain_root("host"))]));
-    let by_host = scene.refused(&by_host, "SM170").await;
+    let by_host = scene.refused(&by_host, "SM170 spec.volumes[5].hostPath.path").await;
     let by_token = exposed(pod("refused-token", &OURS, None, &[app(&OURS), with_token(neighbour("shell", 1337))]));
-    let by_token = scene.refused(&by_token, "SM182").await;
+    let by_token =
+        scene.refused(&by_token, "SM182 spec.volumes[6].projected.sources[0].serviceAccountToken.audience").await;
 
     let neighbours = [app(&COLUMNS), with_host(plain_root("host-waived")), with_host(neighbour("bare-waived", 0))];
     let pod = pod(POD, &COLUMNS, Some(native(with_token(mesh("istio-proxy", 15000)))), &neighbours);
@@ -73,7 +74,7 @@ async fn waivable(scene: &Scene<'_>) -> Vec<Row> {
     let token = [
         from_vault(scene, &proxy, "usual", "usual", 0, super::ordinary::TOKEN).await,
         Got::Nothing,
-        from_vault(scene, &proxy, "payments", "db", 2, TOKEN).await,
+        from_vault(scene, &proxy, ROLE, "db", 2, TOKEN).await,
     ];
     vec![
         Row::refused(4, "the kubelet's directory by hostPath, root with the usual capabilities", host, &by_host),
@@ -94,8 +95,8 @@ async fn same_uid(scene: &Scene<'_>) -> Row {
     let before = revision().await;
     upgrade(scene.cluster, &["--set", "config.policy.distinct_uids=true"]).await;
     rolled_out(scene.cluster).await;
-    let refused =
-        scene.refused(&pod("refused-twin", &OURS, None, &[app(&OURS), neighbour("twin", APP)]), "SM150").await;
+    let twins = pod("refused-twin", &OURS, None, &[app(&OURS), neighbour("twin", APP)]);
+    let refused = scene.refused(&twins, "SM150 spec.containers[1].securityContext.runAsUser").await;
     back(scene.cluster, &before).await;
     Row::refused(8, &format!("a neighbour with the app's UID (distinct_uids): {BY_SOCKET}"), seen, &refused)
 }

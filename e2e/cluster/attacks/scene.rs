@@ -13,6 +13,8 @@ use crate::machine::NODE_ADDRESS;
 
 /// The namespace of the README's role.
 pub(super) const NAMESPACE: &str = "payments";
+/// That role.
+pub(super) const ROLE: &str = "payments-api";
 /// Where the volumes are mounted, by the names of the columns.
 pub(super) const COLUMNS: [&str; 3] = ["usual", "native", "sealed"];
 /// What each column's values begin with, as attackers may know.
@@ -118,17 +120,16 @@ impl<'a> Scene<'a> {
         [usual, native, sealed]
     }
 
-    /// Makes a pod that the driver must refuse, and gives the code and field of its event.
-    pub(super) async fn refused(&self, pod: &Value, code: &str) -> Got {
+    /// Makes a pod that the driver must refuse with this code and field, as its event says.
+    pub(super) async fn refused(&self, pod: &Value, code_and_field: &str) -> Got {
         let name = pod["metadata"]["name"].as_str().expect("a name");
         self.create(pod).await;
-        let event = self.cluster.kube.event(NAMESPACE, name, &format!("{code} "), READY).await;
+        // Its end too: `volumeMounts[1]` is not `volumeMounts[1].name`.
+        self.cluster.kube.event(NAMESPACE, name, &format!("{code_and_field}:"), READY).await;
         let status = self.cluster.kube.pod(NAMESPACE, name).await.expect("the pod");
         assert_eq!(status["status"]["phase"], "Pending", "{name} runs although it was refused");
-        let at = event.message.find(code).expect("just found");
-        let words: Vec<&str> = event.message[at..].split_whitespace().take(2).collect();
         self.cluster.kube.run(&format!("delete pod -n {NAMESPACE} {name} --wait=false --grace-period=0")).await;
-        Got::Refused(words.join(" ").trim_end_matches([':', ';', ',']).to_owned())
+        Got::Refused(code_and_field.to_owned())
     }
 }
 

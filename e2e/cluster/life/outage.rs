@@ -57,15 +57,17 @@ pub(super) async fn vault_later(cluster: &mut Cluster) -> String {
     })
     .await;
     // Its first sync after a restart publishes every volume anew; only then does it start containers again.
-    until("the container runs again", Duration::from_secs(90), async || {
+    until("the container runs again", cluster.times.republished(), async || {
         let pod = cluster.kube.pod("payments", "keeps").await.unwrap_or_default();
         restarts(&pod) == 1 && is_ready(&pod)
     })
     .await;
     let seconds = begun.elapsed().as_secs_f32();
     reads(cluster, "payments", "keeps", &password).await;
-    let limit = cluster.times.stale_after + Duration::from_secs(90);
-    cluster.kube.event("payments", "keeps", "Sealmount", limit).await;
+    let limit = cluster.times.stale_after + cluster.times.republished();
+    cluster.kube.event("payments", "keeps", "SealmountStale", limit).await;
+    let stale = super::metric(cluster, "sealmount_stale_volumes").await;
+    assert!(stale >= 1.0, "the metric counts it: {stale}");
     tokio::time::sleep(cluster.times.outage.saturating_sub(begun.elapsed())).await;
     reads(cluster, "payments", "keeps", &password).await;
     cluster.bao.start_again().await;
