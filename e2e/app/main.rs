@@ -5,6 +5,7 @@
 //!     app own NAME FILE...    keeps the files open and in memory, and listens on the abstract socket NAME
 //!     app agent NAME PORT FILE   the same, and gives the file to who asks on 127.0.0.1:PORT, as agents do
 //!     app trap PORT FILE      takes down what others send to the port
+//!     app names ADDRESS       answers every question for a name with this address, on UDP port 53
 //!     app read|list|...       an attack; prints what it gained, or the errno
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)] // ends its own container only
 #![allow(clippy::disallowed_methods)]
@@ -26,8 +27,11 @@ fn main() -> ExitCode {
         Some(("own", args)) => serve::own(args),
         Some(("agent", args)) => serve::agent(args),
         Some(("trap", args)) => serve::trap(args),
+        Some(("names", args)) => serve::names(args),
         other => other.and_then(|(name, args)| attack::run(name, args)).unwrap_or_else(|| {
-            eprintln!("app pause | hold FILE... | own NAME FILE... | agent NAME PORT FILE | trap PORT FILE | ATTACK");
+            eprintln!(
+                "app pause | hold FILE... | own NAME FILE... | agent NAME PORT FILE | trap PORT FILE | names ADDRESS | ATTACK"
+            );
             ExitCode::FAILURE
         }),
     }

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::net::TcpListener;
+use std::net::{Ipv4Addr, TcpListener, UdpSocket};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener};
 use std::process::ExitCode;
@@ -57,6 +57,38 @@ pub(crate) fn trap(args: &[String]) -> ExitCode {
         let _ = writeln!(taken, "from {peer}: {}", String::from_utf8_lossy(&request[..length]));
         let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\n{}");
     }
+}
+
+/// `names ADDRESS`: the name server that an attacker would like: this IPv4 address, whatever the name. To any other
+/// question it knows no answer.
+pub(crate) fn names(args: &[String]) -> ExitCode {
+    end_at_sigterm();
+    let [address] = args else { return ExitCode::FAILURE };
+    let address: Ipv4Addr = address.parse().unwrap();
+    let socket = UdpSocket::bind(("0.0.0.0", 53)).unwrap();
+    println!("answering");
+    let mut query = [0; 512];
+    loop {
+        let Ok((length, asker)) = socket.recv_from(&mut query) else { continue };
+        let _ = answer(&query[..length], address).map(|reply| socket.send_to(&reply, asker));
+    }
+}
+
+/// RFC 1035, 4.1: the header and the one question back, and for an A record an answer that points to the question's name.
+fn answer(query: &[u8], address: Ipv4Addr) -> Option<Vec<u8>> {
+    const HEADER: u8 = 12;
+    let name = query.get(usize::from(HEADER)..)?;
+    let question = name.get(..name.iter().position(|byte| *byte == 0)? + 5)?;
+    let is_address = question.ends_with(&[0, 1, 0, 1]);
+    let mut reply = query.get(..2)?.to_vec();
+    // A response, recursion as wanted; one question; one answer or none.
+    reply.extend([0x81, 0x80, 0, 1, 0, u8::from(is_address), 0, 0, 0, 0]);
+    reply.extend(question);
+    if is_address {
+        reply.extend([0xc0, HEADER, 0, 1, 0, 1, 0, 0, 0, 1, 0, 4]);
+        reply.extend(address.octets());
+    }
+    Some(reply)
 }
 
 fn hold(path: &str) -> (File, Vec<u8>) {

@@ -36,6 +36,7 @@ pub(super) async fn run(cluster: &mut Cluster) -> String {
     rows.extend(driver(&scene, &first).await);
     rows.extend(tokens(&scene, &first).await);
     rows.extend(on_the_wire(&scene, &second).await);
+    rows.push(by_dns(&scene).await);
     rows.extend(in_a_user_namespace(&scene).await);
     table::add(rows)
 }
@@ -206,10 +207,30 @@ async fn processes(scene: &Scene<'_>) -> Vec<Row> {
     let seen = scene.each(POD, "istio-proxy", &["memory", "%"]).await;
     rows.push(Row::new(9, "UID 1337: the memory of every process it sees, Envoy's own too (it read row 1)", seen));
     let seen = scene.each(POD, "sniffer", &["memory", "%"]).await;
-    let agent = container("agent", ENVOY, &["/bin/app", "agent", "agent", "8100", "/run/usual/password"]);
-    let mut fetched = pod("fetched", &["usual"], None, &[agent, neighbour("proxy", ENVOY)]);
+    // The usual way: agents of the attackers' UIDs, and processes that are shared.
+    let agent =
+        |name: &str, uid, port: &str| container(name, uid, &["/bin/app", "agent", name, port, "/run/usual/password"]);
+    let containers = [
+        agent("agent", ENVOY, "8100"),
+        agent("agent-root", 0, "8101"),
+        neighbour("proxy", ENVOY),
+        neighbour("root", 0),
+    ];
+    let mut fetched = pod("fetched", &["usual"], None, &containers);
     fetched["spec"]["shareProcessNamespace"] = json!(true);
     scene.start(&fetched).await;
+    for (label, in_fetched, who) in [("UID 1337", "proxy", "agent"), ("root without capabilities", "root", "root")] {
+        for (what, attack) in [("ptrace", "ptrace"), ("process_vm_readv", "vm-readv")] {
+            let seen = [
+                scene.attack("fetched", in_fetched, 0, &[attack, MARKS[0]]).await,
+                scene.attack(POD, who, 1, &[attack, MARKS[1]]).await,
+                scene.attack(POD, who, 2, &[attack, MARKS[2]]).await,
+            ];
+            let text =
+                format!("{label}: {what} of every process it sees (usual way: an agent of its UID, shared processes)");
+            rows.push(Row::new(8, &text, seen));
+        }
+    }
     let usual = scene.attack("fetched", "proxy", 0, &["memory", MARKS[0]]).await;
     let [_, native, sealed] = seen;
     rows.push(Row::new(
@@ -389,9 +410,7 @@ async fn on_the_wire(scene: &Scene<'_>, second: &str) -> Vec<Row> {
         .await;
         // The usual way: from the agent over localhost, and an agent that knows Vault by its name.
         shell(scene, "app", "wget -qO- http://127.0.0.1:8100/").await;
-        let login = "wget -qO- --post-data=\"$(cat /var/run/secrets/kubernetes.io/serviceaccount/token)\" \
-            http://vault.example:8200/v1/auth/kubernetes/login";
-        shell(scene, "app", login).await;
+        shell(scene, "app", LOGIN).await;
         cluster.secret(NAMESPACE, "native", &[("password", &next)]).await;
         cluster.bao.write_kv2("secret", "payments/db", &json!({"password": second})).await;
         let mut published = pod("published", &ALL, None, &[app(&ALL)]);
@@ -411,19 +430,55 @@ async fn on_the_wire(scene: &Scene<'_>, second: &str) -> Vec<Row> {
     let [frames, usual, native, next_native, sealed, next_sealed] = counts[..] else { panic!("{counts:?}") };
     assert!(frames > 0 && usual > 0, "{counts:?}");
     let seen = [usual, native + next_native, sealed + next_sealed].map(|count| Got::found(count > 0));
-    let trapped = shell(scene, "sniffer", "cat /tmp/trap").await;
-    let from_app = trapped.contains("POST /v1/auth/kubernetes/login");
-    let requests = trapped.lines().filter(|it| it.starts_with("from ")).count();
-    let led = [
-        if from_app { Got::Gain("TOKEN TAKEN") } else { Got::denied("nothing came") },
-        Got::Nothing,
-        // Besides that one request nothing came: the node asked the real Vault.
-        if requests > 1 { Got::Odd(trapped) } else { Got::denied("real Vault asked") },
-    ];
+    let led = led_astray(&shell(scene, "sniffer", "cat /tmp/trap").await);
     vec![
         Row::new(5, "root beside Envoy, in its network: captures all interfaces during publish, refresh, read", seen),
         Row::new(7, "the sidecar points Vault's name to itself (/etc/hosts, hostAliases); publish and refresh", led),
     ]
+}
+
+/// As an agent in the pod logs in that knows Vault by its name.
+const LOGIN: &str = "wget -qO- --post-data=\"$(cat /var/run/secrets/kubernetes.io/serviceaccount/token)\" \
+    http://vault.example:8200/v1/auth/kubernetes/login";
+
+/// What the trap took: the one request that the pod made, and none of the driver's.
+fn led_astray(trapped: &str) -> [Got; 3] {
+    let from_app = trapped.contains("POST /v1/auth/kubernetes/login");
+    let requests = trapped.lines().filter(|it| it.starts_with("from ")).count();
+    [
+        if from_app { Got::Gain("TOKEN TAKEN") } else { Got::denied("nothing came") },
+        Got::Nothing,
+        if requests > 1 { Got::Odd(trapped.to_owned()) } else { Got::denied("real Vault asked") },
+    ]
+}
+
+/// Row 7: the pod asks its sidecar for names, and gets the sidecar's own address for each.
+async fn by_dns(scene: &Scene<'_>) -> Row {
+    let (cluster, kube) = (scene.cluster, scene.cluster.kube);
+    let at_root = |name: &str, command: Value| {
+        let mut container = plain_root(name);
+        container["command"] = command;
+        container
+    };
+    let containers = [
+        app(&ALL),
+        at_root("names", json!(["/bin/app", "names", "127.0.0.1"])),
+        at_root("trap", json!(["/bin/app", "trap", "8200", "/tmp/trap"])),
+    ];
+    let mut misled = pod("misled", &ALL, None, &containers);
+    misled["spec"]["dnsPolicy"] = json!("None");
+    misled["spec"]["dnsConfig"] = json!({"nameservers": ["127.0.0.1"]});
+    scene.start(&misled).await;
+    let ran = kube.exec(NAMESPACE, "misled", "app", &["sh", "-c", LOGIN]).await;
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    let next = cluster.canary();
+    cluster.bao.write_kv2("secret", "payments/db", &json!({"password": next})).await;
+    until("the refresh from the real Vault", Duration::from_secs(150), async || {
+        cluster.reads(NAMESPACE, "misled", "app", "/run/sealed/password").await.as_deref() == Ok(next.as_str())
+    })
+    .await;
+    let trapped = kube.exec(NAMESPACE, "misled", "trap", &["cat", "/tmp/trap"]).await.out;
+    Row::new(7, "the sidecar is the pod's DNS and answers with itself; publish and refresh", led_astray(&trapped))
 }
 
 /// Row 11: the same in a pod with a user namespace of its own.
