@@ -68,7 +68,7 @@ pub(crate) async fn rolled_out(cluster: &Cluster) {
 }
 
 /// The driver's processes: process id and what `/proc/PID/status` says of each.
-fn processes(driver: &Value) -> BTreeMap<u32, String> {
+pub(crate) fn processes(driver: &Value) -> BTreeMap<u32, String> {
     let uid = driver["metadata"]["uid"].as_str().expect("a UID");
     let entries = fs::read_dir("/proc").expect("/proc").flatten();
     entries

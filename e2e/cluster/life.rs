@@ -31,6 +31,7 @@ pub(crate) static CHECKS: &[Check] = &[
     check!("a pod that comes before the driver waits, and starts", driver::before_the_driver),
     check!("the driver's pod is deleted while 20 pods start", driver::killed_in_a_start),
     check!("a rolling update with 30 volumes in use and pods that come and go", driver::update),
+    check!("the driver hangs: the liveness probe ends its container, pods notice nothing", driver::hangs),
     check!("OpenBao away at the start: an event says so, the pod starts when it is back", outage::vault_at_start),
     check!("OpenBao away later: content stays, containers and the kubelet restart", outage::vault_later),
     check!("containerd restarts", outage::containerd),

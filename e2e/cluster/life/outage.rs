@@ -101,19 +101,29 @@ pub(super) async fn containerd(cluster: &mut Cluster) -> String {
 
 pub(super) async fn api_server(cluster: &mut Cluster) -> String {
     let (namespace, password) = namespace(cluster, "control").await;
+    payments(cluster).await;
+    let of_vault = cluster.canary();
+    cluster.bao.write_kv2("secret", "payments/db", &json!({"password": of_vault})).await;
     cluster.kube.apply(&namespace, &simple("stays").to_string()).await;
-    let pod = cluster.kube.ready(&namespace, "stays", READY).await;
-    let id = pod["status"]["containerStatuses"][0]["containerID"].as_str().expect("an id");
-    let id = id.trim_start_matches("containerd://").to_owned();
+    cluster.kube.apply("payments", &vault_pod("stays").to_string()).await;
+    let mut pods = Vec::new();
+    for (namespace, expected) in [(namespace.as_str(), &password), ("payments", &of_vault)] {
+        let pod = cluster.kube.ready(namespace, "stays", READY).await;
+        let id = pod["status"]["containerStatuses"][0]["containerID"].as_str().expect("an id");
+        pods.push((id.trim_start_matches("containerd://").to_owned(), expected));
+    }
     cluster.apiserver.stop();
     // kubectl has nobody to ask; the runtime has.
     let begun = Instant::now();
     let mut reads_in_outage = 0;
     while begun.elapsed() < cluster.times.outage {
         let path = format!("{MOUNT}/password");
-        let args = ["-n", "k8s.io", "tasks", "exec", "--exec-id", "look", &id, "cat", &path];
-        let output = crate::kube::run("ctr", &args, "").await;
-        assert_eq!(String::from_utf8_lossy(&output.stdout), password, "{}", String::from_utf8_lossy(&output.stderr));
+        for (id, expected) in &pods {
+            let args = ["-n", "k8s.io", "tasks", "exec", "--exec-id", "look", id, "cat", &path];
+            let output = crate::kube::run("ctr", &args, "").await;
+            let error = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(String::from_utf8_lossy(&output.stdout), expected.as_str(), "{error}");
+        }
         reads_in_outage += 1;
         tokio::time::sleep(Duration::from_secs(2)).await;
     }
@@ -125,7 +135,12 @@ pub(super) async fn api_server(cluster: &mut Cluster) -> String {
     cluster.kube.apply(&namespace, &simple("next").to_string()).await;
     cluster.kube.ready(&namespace, "next", Duration::from_secs(120)).await;
     reads(cluster, &namespace, "next", &password).await;
-    let stays = cluster.kube.pod(&namespace, "stays").await.expect("the pod");
-    assert_eq!(restarts(&stays), 0);
-    format!("{} s; read {reads_in_outage} times meanwhile; the next pod starts", cluster.times.outage.as_secs())
+    for namespace in [namespace.as_str(), "payments"] {
+        let stays = cluster.kube.pod(namespace, "stays").await.expect("the pod");
+        assert_eq!(restarts(&stays), 0);
+    }
+    format!(
+        "{} s; from Secret and Vault read {reads_in_outage} times meanwhile; the next pod starts",
+        cluster.times.outage.as_secs()
+    )
 }

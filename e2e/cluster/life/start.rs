@@ -18,12 +18,14 @@ pub(super) async fn hundred(cluster: &mut Cluster) -> String {
     cluster.kube.apply(&namespace, &json!({"apiVersion": "v1", "kind": "List", "items": items}).to_string()).await;
     cluster.kube.run(&format!("wait -n {namespace} pods --all --for=condition=Ready --timeout=300s")).await;
     let seconds = begun.elapsed().as_secs_f32();
-    for number in [0, 49, 99] {
-        super::reads(cluster, &namespace, &format!("pod{number}"), &password).await;
+    for ten in (0..100).step_by(10) {
+        let names: Vec<String> = (ten..ten + 10).map(|number| format!("pod{number}")).collect();
+        let reads = names.iter().map(|name| super::reads(cluster, &namespace, name, &password));
+        futures_util::future::join_all(reads).await;
     }
     let standing = super::metric(cluster, "sealmount_standing_volumes").await;
     assert!(standing >= 100.0, "{standing}");
-    format!("all ready after {seconds:.0} s")
+    format!("all ready after {seconds:.0} s, all read")
 }
 
 /// From the creation of a pod until its status says ready, then has it deleted.
