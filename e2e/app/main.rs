@@ -29,9 +29,8 @@ fn main() -> ExitCode {
         Some(("trap", args)) => serve::trap(args),
         Some(("names", args)) => serve::names(args),
         other => other.and_then(|(name, args)| attack::run(name, args)).unwrap_or_else(|| {
-            eprintln!(
-                "app pause | hold FILE... | own NAME FILE... | agent NAME PORT FILE | trap PORT FILE | names ADDRESS | ATTACK"
-            );
+            eprintln!("app pause | hold FILE... | own NAME FILE... | agent NAME PORT FILE | trap PORT FILE");
+            eprintln!("  | names ADDRESS | ATTACK");
             ExitCode::FAILURE
         }),
     }

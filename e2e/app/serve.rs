@@ -74,7 +74,7 @@ pub(crate) fn names(args: &[String]) -> ExitCode {
     }
 }
 
-/// RFC 1035, 4.1: the header and the one question back, and for an A record an answer that points to the question's name.
+/// RFC 1035, 4.1: the header and the question back, and for an A record an answer that points to the question's name.
 fn answer(query: &[u8], address: Ipv4Addr) -> Option<Vec<u8>> {
     const HEADER: u8 = 12;
     let name = query.get(usize::from(HEADER)..)?;

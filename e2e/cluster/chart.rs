@@ -14,7 +14,9 @@ use sealmount::request::WORKER_UID;
 use serde_json::{Value, json};
 
 use crate::cluster::{Cluster, SYSTEM, is_ready, until};
+use crate::install::{shell, try_shell};
 use crate::kube::run;
+use crate::readme::Section;
 use crate::runner::{Check, check};
 
 pub(crate) static CHECKS: &[Check] = &[
@@ -462,6 +464,7 @@ async fn bad_file(cluster: &mut Cluster) -> String {
 
 async fn manifest(cluster: &mut Cluster) -> String {
     let project = cluster.project.display().to_string();
+    let install = Section::of("Install").all("sh").remove(1);
     let path = cluster.project.join("deploy/sealmount.yaml");
     let made = cluster.dir.join("tmp/sealmount.yaml");
     let set = format!("MANIFEST={}", made.display());
@@ -469,15 +472,15 @@ async fn manifest(cluster: &mut Cluster) -> String {
     let text = fs::read_to_string(&path).expect("deploy/sealmount.yaml");
     let now = fs::read_to_string(&made).expect("what make printed");
     assert!(text == now, "deploy/sealmount.yaml is not what the chart gives: make manifest");
-    let file = path.display().to_string();
     if !cluster.at_least(37) {
         return "the same; it is for Kubernetes 1.37".to_owned();
     }
 
     let values = ran("helm", &["get", "values", "sealmount", "-n", SYSTEM, "-o", "json"], "").await;
-    ran("helm", &["uninstall", "sealmount", "-n", SYSTEM, "--wait", "--timeout", "60s"], "").await;
+    let removal = Section::of("Run").all("sh");
+    shell(cluster, &removal[removal.len() - 2]).await;
     gone(cluster).await;
-    cluster.kube.run(&format!("apply -f {file}")).await;
+    shell(cluster, &install).await;
     rolled_out(cluster).await;
     let namespace = cluster.namespace("manifest", "restricted").await;
     let value = cluster.canary();
@@ -510,9 +513,9 @@ async fn uninstall(cluster: &mut Cluster) -> String {
     let access = report["pods"][0]["access"].as_array().expect("the pod");
     assert!(access.iter().any(|it| it["container"] == "app" && it["how"] == "sealmount" && it["reads"] == true));
 
-    let output = run("helm", &["uninstall", "sealmount", "-n", SYSTEM, "--wait", "--timeout", "60s"], "").await;
-    assert!(!output.status.success(), "helm uninstalled a driver that is in use");
-    let said = cluster.kube.run(&format!("logs -n {SYSTEM} job/sealmount-uninstall")).await;
+    let [.., remove, logs] = &Section::of("Run").all("sh")[..] else { panic!("the README's section has no commands") };
+    try_shell(cluster, remove).await.expect_err("helm uninstalled a driver that is in use");
+    let said = shell(cluster, logs).await;
     assert!(said.contains(&format!("  {namespace}/user\n")), "{said}");
     rolled_out(cluster).await;
     assert_eq!(cluster.reads(&namespace, "user", "app", "/s/k").await, Ok(value));

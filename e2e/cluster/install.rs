@@ -15,34 +15,50 @@ pub(crate) static CHECKS: &[Check] = &[
     check!("helm install with default values, as the README says", install),
     check!("the README's commands connect an OpenBao", connect),
     check!("the README's pods run, from a Secret and from OpenBao", pods),
+    check!("the README's call of check finds nothing to refuse in them", checked),
+    check!("helm upgrade, as the README says", upgraded),
     check!("a token of the API server's audience is refused by that role", automounted_token),
 ];
 
-/// Where the README's commands run: the project's directory, as for a user.
-async fn shell(cluster: &Cluster, script: &str) -> String {
+/// Runs the README's commands in the project's directory, as a user does; they must succeed.
+pub(crate) async fn shell(cluster: &Cluster, script: &str) -> String {
+    try_shell(cluster, script).await.unwrap_or_else(|said| panic!("{script}\n{said}"))
+}
+
+/// The same; an error is what they printed. The program `sealmount`, which the shell gets as `$0`, is on `PATH`.
+pub(crate) async fn try_shell(cluster: &Cluster, script: &str) -> Result<String, String> {
     let authority = cluster.bao.ca_file().display().to_string();
+    let program = std::env::var("SEALMOUNT_BIN").expect("SEALMOUNT_BIN names the driver");
     let setup = format!(
-        "set -eu; cd '{}'; export BAO_ADDR='{}' BAO_TOKEN='{}' BAO_CACERT='{authority}'\n",
+        "set -eu; cd '{}'; PATH=\"$PATH:${{0%/*}}\"; export BAO_ADDR='{}' BAO_TOKEN='{}' BAO_CACERT='{authority}'\n",
         cluster.project.display(),
         cluster.bao.address(),
         cluster.bao.root_token(),
     );
-    let output = run("sh", &["-c", &format!("{setup}{script}")], "").await;
+    let output = run("sh", &["-c", &format!("{setup}{script}"), &program], "").await;
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     let (out, err) = (text(&output.stdout), text(&output.stderr));
-    assert!(output.status.success(), "{script}\n{out}{err}");
-    out
+    if output.status.success() { Ok(out) } else { Err(out + &err) }
 }
 
 async fn install(cluster: &mut Cluster) -> String {
-    shell(cluster, &Section::of("Install").only("sh")).await;
+    shell(cluster, &Section::of("Install").all("sh")[0]).await;
     let driver = cluster.driver().await;
     let containers = driver["spec"]["containers"].as_array().map_or(0, Vec::len);
     assert_eq!(containers, 1, "one container, no registrar and no liveness sidecar");
     let from = if cluster.at_least(37) { "kubelet" } else { "api" };
     let args = driver["spec"]["containers"][0]["args"].to_string();
     assert!(args.contains(&format!("--pods-from={from}")), "{args}");
-    format!("one container; pod facts from the {from}")
+    // Before any Vault is connected.
+    let secret = cluster.canary();
+    cluster.namespace("payments", "privileged").await;
+    cluster.secret("payments", "db", &[("password", &secret)]).await;
+    cluster.kube.apply("payments", &Section::of("Use").all("yaml")[0]).await;
+    cluster.kube.ready("payments", "from-secret", Duration::from_secs(60)).await;
+    assert_eq!(cluster.reads("payments", "from-secret", "app", "/run/secrets/db/password").await, Ok(secret));
+    // The next commands make it anew.
+    cluster.kube.run("delete namespace payments --timeout=60s").await;
+    format!("one container; pod facts from the {from}; the README's pod with a Secret runs")
 }
 
 async fn connect(cluster: &mut Cluster) -> String {
@@ -54,8 +70,17 @@ async fn connect(cluster: &mut Cluster) -> String {
     };
     shell(cluster, reviewer).await;
     shell(cluster, role).await;
-    let said = shell(cluster, proof).await;
-    assert!(said.contains("refused, as it should be") && !said.contains("ANY TOKEN"), "{said}");
+    let (_, grant) = role.split_once("bao write auth/kubernetes/role/").expect("the role");
+    let grant = format!("bao delete auth/kubernetes/role/payments-api\nbao write auth/kubernetes/role/{grant}");
+    for (change, expected) in [
+        (grant.replace("audience=vault-prod", ""), "ANY TOKEN LOGS IN: set the role's audience\n"),
+        (grant, "refused, as it should be\n"),
+        ("BAO_ADDR=https://127.0.0.1:1".to_owned(), "no token logs in, which proves nothing: "),
+    ] {
+        let said = shell(cluster, &format!("{change}\necho =\n{proof}")).await;
+        let (_, said) = said.split_once("=\n").expect("just printed");
+        assert!(said.starts_with(expected), "{said}");
+    }
     // The README's files, beside which the user stands.
     let place = cluster.dir.join("tmp");
     fs::write(place.join("vault.yaml"), section.only("yaml")).expect("write the values");
@@ -127,6 +152,27 @@ async fn pods(cluster: &mut Cluster) -> String {
     status.lines().next().unwrap_or_default().to_owned()
 }
 
+async fn checked(cluster: &mut Cluster) -> String {
+    let place = cluster.dir.join("tmp/user");
+    fs::create_dir_all(place.join("deploy")).expect("a directory");
+    let section = Section::of("Use");
+    for (number, manifest) in section.all("yaml").iter().enumerate() {
+        fs::write(place.join(format!("deploy/{number}.yaml")), manifest).expect("write the manifest");
+    }
+    let report = shell(cluster, &format!("cd '{}'\n{}", place.display(), section.only("sh"))).await;
+    assert!(report.contains("from-secret") && report.contains("from-vault"), "{report}");
+    assert!(report.contains("istio-proxy"), "{report}");
+    report.lines().last().unwrap_or_default().to_owned()
+}
+
+async fn upgraded(cluster: &mut Cluster) -> String {
+    let values = || shell(cluster, "helm get values sealmount -n sealmount-system -o json");
+    let before = values().await;
+    shell(cluster, &Section::of("Run").all("sh")[1]).await;
+    assert_eq!(values().await, before, "an upgrade keeps the values");
+    "the values stay".to_owned()
+}
+
 /// The namespace and role of the README's example, as `connect` made them: removed with every check's namespaces.
 pub(crate) async fn payments(cluster: &Cluster) {
     until("the namespace of the check before is gone", Duration::from_secs(60), async || {
@@ -142,7 +188,7 @@ async fn automounted_token(cluster: &mut Cluster) -> String {
     let login = async |audience: &str| {
         let audience = if audience.is_empty() { String::new() } else { format!("--audience={audience}") };
         let token = cluster.kube.run(&format!("create token api -n payments {audience}")).await;
-        let body = json!({"role": "payments", "jwt": token.trim()});
+        let body = json!({"role": "payments-api", "jwt": token.trim()});
         cluster.bao.call("", "POST", "auth/kubernetes/login", &body).await.expect("OpenBao answers")
     };
     let (status, body): (u16, Value) = login("vault-prod").await;

@@ -155,8 +155,8 @@ fn place(project: &Path, version: &str) -> PathBuf {
     project.join(format!("e2e/out/attacks-{version}.md"))
 }
 
-/// Writes the table, if all `checks` passed and every number from 1 to `last` is there. What the README shows must be the
-/// run's own on its version.
+/// Writes the table, if all `checks` passed and every number from 1 to `last` is there. The README's must be the same on
+/// its version.
 pub(super) fn write(project: &Path, version: &str, checks: usize, last: u32) -> String {
     let all = ROWS.lock().expect("one check at a time");
     assert_eq!(all.len(), checks, "checks of the attacks that passed: the table would lack the others' rows");
