@@ -91,11 +91,12 @@ e2e: need-lab image
 	$(call need,ip,apt-get install iproute2)
 	cargo build --bin sealmount --features waive-anything
 	install -D -m 0755 -t $(IMAGES)/waive-anything $(CARGO_TARGET_DIR)/$(TARGET)/debug/sealmount
+	rm $(CARGO_TARGET_DIR)/$(TARGET)/debug/sealmount # nobody takes that one for the driver
 	cargo build --example e2e --example app
 	env K8S=$(K8S) $(E2E) programs
 	$(SUDO) env $(E2E_ENV) $(E2E) $(CHECKS)
 
-# The table that the last run of the attacks wrote.
+# The table that the last run of the attacks on the newest version wrote.
 readme-attacks: need-build
 	cargo run --quiet --example e2e -- readme
 
