@@ -130,6 +130,7 @@ async fn run_batch(cluster: &mut Cluster, batch: &[&Check]) -> Vec<Outcome> {
         let fact = AssertUnwindSafe(run).catch_unwind().await.ok();
         Outcome { fact, seconds: begun.elapsed().as_secs_f32() }
     }
+    let before = release().await;
     let mut outcomes = match &batch[0].run {
         Run::Alone(run) => vec![timed(run(cluster)).await],
         Run::Beside(_) => {
@@ -143,6 +144,11 @@ async fn run_batch(cluster: &mut Cluster, batch: &[&Check]) -> Vec<Outcome> {
     };
     if outcomes.iter().any(|it| it.fact.is_none()) {
         cluster.restore().await;
+        if let Some(before) = before
+            && release().await.as_ref() != Some(&before)
+        {
+            let _ = AssertUnwindSafe(crate::chart::back(cluster, &before.to_string())).catch_unwind().await;
+        }
     }
     remove_namespaces(cluster).await;
     let names: Vec<&str> = batch.iter().map(|it| it.name).collect();
@@ -151,6 +157,13 @@ async fn run_batch(cluster: &mut Cluster, batch: &[&Check]) -> Vec<Outcome> {
         outcomes.iter_mut().for_each(|it| it.fact = None);
     }
     outcomes
+}
+
+/// The revision of the driver's release, if it is installed: a check that breaks off may leave another than it found.
+async fn release() -> Option<Value> {
+    let output =
+        crate::kube::run("helm", &["status", "sealmount", "-n", crate::cluster::SYSTEM, "-o", "json"], "").await;
+    serde_json::from_slice::<Value>(&output.stdout).ok().map(|status| status["version"].clone())
 }
 
 /// Removes the pods of the check, waits for their end, and leaves the rest of its namespaces to the controllers.
