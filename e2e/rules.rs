@@ -906,19 +906,23 @@ fn admission_has_every_refusal_in_the_words_of_the_rule() {
             assert!(page.contains(&format!("| `{code}` |")), "docs/admission.md does not say why {code} stays");
         }
     }
-    let template = file("deploy/chart/templates/admission.yaml");
-    for (path, constant) in
-        [("src/policy/sidecars.rs", "KNOWN"), ("src/policy/sidecars.rs", "NAMES"), ("src/policy/sidecars.rs", "IMAGES")]
-    {
+    // The first that fits stands in the message.
+    let all = cel + &file("deploy/chart/templates/admission.yaml");
+    let plain = all.split_whitespace().collect::<Vec<_>>().join(" ");
+    for constant in ["NODE_PATHS", "RUN_AS_ROOT"] {
+        let list: Vec<_> =
+            texts(&file("src/policy/neighbours.rs"), constant).iter().map(|text| format!("\"{text}\"")).collect();
+        assert!(plain.contains(&format!("{}]", list.join(", "))), "admission has not the list {constant}");
+    }
+    for (path, constant) in [
+        ("src/policy/neighbours.rs", "UNCONFINED"),
+        ("src/policy/sidecars.rs", "KNOWN"),
+        ("src/policy/sidecars.rs", "IMAGES"),
+    ] {
         for text in texts(&file(path), constant) {
-            assert!(template.contains(&format!("\"{text}\"")), "admission does not know {text} of {constant}");
+            assert!(all.contains(&format!("\"{text}\"")), "admission does not know {text} of {constant}");
         }
     }
-    // Their order decides which one a message names.
-    let (_, paths) = template.split_once("- name: nodePaths").unwrap();
-    let (paths, _) = paths.split_once("- name: ").unwrap();
-    let paths: Vec<&str> = paths.split('"').skip(1).step_by(2).collect();
-    assert_eq!(paths, texts(&file("src/policy/neighbours.rs"), "NODE_PATHS"));
 }
 
 #[test]

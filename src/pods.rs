@@ -383,10 +383,11 @@ fn chance() -> f64 {
     f64::from(low) / f64::from(0xffff_u32)
 }
 
-/// This annotation repeats the whole pod as its author applied it, environment included, in up to 256 KiB.
-const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
-
 // What the two conversions into facts share.
+
+/// How the annotations begin that rules look at. A pod may have 256 KiB of others, and one of them repeats the whole pod
+/// as its author applied it, environment included.
+const ANNOTATIONS: [&str; 2] = ["sidecar.istio.io/", "vault.hashicorp.com/agent-inject"];
 
 /// A `runAsUser` as a UID.
 fn uid(value: Option<i64>, field: &str) -> Result<Option<u32>, String> {
@@ -399,19 +400,15 @@ fn written(text: Option<&str>) -> Option<String> {
     text.filter(|text| !text.is_empty()).map(str::to_owned)
 }
 
-/// `containerd://0123` without its scheme.
-fn container_id(id: Option<&str>) -> Option<String> {
-    written(id.map(|id| id.split_once("://").map_or(id, |(_, id)| id)))
-}
-
 /// Which kind of init container.
 fn init_kind(restart_policy: Option<&str>) -> Kind {
     if restart_policy == Some("Always") { Kind::Sidecar } else { Kind::Init }
 }
 
-/// A capability as the runtime takes it: upper case, without `CAP_` (containerd, pkg/cri/opts; cri-o, specs).
+/// A capability as the runtime takes it: upper case, without `CAP_` (containerd, pkg/cri/opts; cri-o, specs). Upper case
+/// is Unicode's: to the runtime `ſYS_ADMIN` is one too, and the API server checks no name.
 fn capability(name: &str) -> String {
-    let name = name.to_ascii_uppercase();
+    let name = name.to_uppercase();
     name.strip_prefix("CAP_").unwrap_or(&name).to_owned()
 }
 
@@ -430,6 +427,16 @@ fn env_from_field(index: usize) -> String {
     format!(".envFrom[{index}].secretRef")
 }
 
+/// The paths of Vault in a container's `env` values, as bank-vaults' webhook takes them: `vault:PATH#KEY`, or with `>>`
+/// before it to read anew. No other value is kept.
+fn env_vault<'a>(values: impl Iterator<Item = &'a str>) -> Vec<(usize, String)> {
+    let path = |value: &str| {
+        let (path, _) = value.strip_prefix(">>").unwrap_or(value).strip_prefix("vault:")?.split_once('#')?;
+        Some(path.to_owned())
+    };
+    values.enumerate().filter_map(|(index, value)| Some((index, path(value)?))).collect()
+}
+
 /// Whether a resource is served by a device plugin or the like: its name has a domain that is not Kubernetes' own
 /// (kubernetes, core/v1 helper `IsExtendedResourceName`).
 fn is_extended_resource(name: &str) -> bool {
@@ -437,9 +444,10 @@ fn is_extended_resource(name: &str) -> bool {
         && !name.starts_with("requests.")
 }
 
-fn sorted(map: impl IntoIterator<Item = (String, String)>) -> Vec<(String, String)> {
-    let sorted: BTreeMap<_, _> = map.into_iter().filter(|(key, _)| key != LAST_APPLIED).collect();
-    sorted.into_iter().collect()
+fn annotations<'a>(all: impl IntoIterator<Item = (&'a String, &'a String)>) -> Vec<(String, String)> {
+    let looked_at = all.into_iter().filter(|(key, _)| ANNOTATIONS.iter().any(|start| key.starts_with(start)));
+    let sorted: BTreeMap<_, _> = looked_at.collect();
+    sorted.into_iter().map(|(key, value)| (key.clone(), value.clone())).collect()
 }
 
 fn described(
@@ -481,6 +489,7 @@ mod tests {
         let mount = |volume: &str, path: &str, sub_path: Option<&str>| Mount {
             volume: text(volume),
             path: text(path),
+            read_only: path == "/etc/db",
             sub_path: sub_path.map(text),
         };
         let volume = |name: &str, source| Volume { name: text(name), source };
@@ -498,16 +507,16 @@ mod tests {
             profiles: Profiles::default(),
             target: None,
             env: Vec::new(),
+            env_vault: Vec::new(),
             mounts: Vec::new(),
             devices: Vec::new(),
             extended_resources: Vec::new(),
-            id: None,
+            claims: Vec::new(),
             running_uid: None,
         };
         PodFacts {
             pod: who(),
             node: text("node-1"),
-            labels: vec![(text("app"), text("payments")), (text("version"), text("2"))],
             annotations: vec![(text("sidecar.istio.io/status"), text("{\"containers\":[\"istio-proxy\"]}"))],
             host_pid: true,
             host_ipc: true,
@@ -526,12 +535,11 @@ mod tests {
                     mounts: vec![
                         mount("db", "/etc/db", None),
                         mount("db", "/etc/password", Some("password")),
-                        mount("db", "/etc/mine", Some("$(POD)")),
+                        mount("db", "/etc/mine", None),
                         mount("scratch", "/work", None),
                     ],
                     drops_all: true,
                     devices: vec![text("disk")],
-                    id: Some("2".repeat(64)),
                     running_uid: Some(1000),
                     ..container("app", Kind::Regular, 0, "payments:1", Some(1000))
                 },
@@ -550,8 +558,9 @@ mod tests {
                         EnvSecret { field: text(".env[1].valueFrom.secretKeyRef"), secret: text("db") },
                         EnvSecret { field: text(".envFrom[1].secretRef"), secret: text("db-all") },
                     ],
+                    env_vault: vec![(2, text("secret/data/db"))],
                     extended_resources: vec![text("vendor.example/gpu")],
-                    id: Some("1".repeat(64)),
+                    claims: vec![text("accelerator")],
                     running_uid: Some(1337),
                     ..container("istio-proxy", Kind::Sidecar, 0, "proxyv2:1.27", Some(1337))
                 },
@@ -562,7 +571,6 @@ mod tests {
                 Container {
                     mounts: vec![mount("db", "/mnt", None)],
                     target: Some(text("app")),
-                    id: Some(text("3333")),
                     running_uid: Some(0),
                     ..container("debug", Kind::Ephemeral, 0, "busybox:1", Some(0))
                 },
@@ -612,6 +620,47 @@ mod tests {
         assert_eq!(manifest::parse(JSON).unwrap()[0].facts, expected, "JSON as a manifest");
         assert_eq!(api::describe(&serde_json::from_str(JSON).unwrap()).facts, expected, "JSON of an API server");
         assert_eq!(kubelet::decode(PROTOBUF).unwrap().facts, expected, "protobuf of a kubelet");
+    }
+
+    #[test]
+    fn capabilities_are_spelled_as_the_runtime_takes_them() {
+        for (written, taken) in [
+            ("SYS_ADMIN", "SYS_ADMIN"),
+            ("CAP_SYS_ADMIN", "SYS_ADMIN"),
+            ("cap_sys_admin", "SYS_ADMIN"),
+            ("Sys_RawIO", "SYS_RAWIO"),
+            ("ſYS_ADMIN", "SYS_ADMIN"),
+            ("cap_ſys_ptrace", "SYS_PTRACE"),
+            ("ſyſ_rawıo", "SYS_RAWIO"),
+            ("all", "ALL"),
+        ] {
+            assert_eq!(capability(written), taken, "{written}");
+        }
+    }
+
+    #[test]
+    fn only_paths_of_vault_are_kept_of_a_variable() {
+        let values = ["", "plain", "vault:secret/data/db#password", ">>vault:kv/db#a#b", "vault:no key", "xvault:a#b"];
+        let kept = vec![(2, "secret/data/db".to_owned()), (3, "kv/db".to_owned())];
+        assert_eq!(env_vault(values.into_iter()), kept);
+    }
+
+    #[test]
+    fn what_no_rule_looks_at_is_no_fact() {
+        let same = |from: &str, to: &str| {
+            let changed = YAML.replacen(from, to, 1);
+            assert_ne!(changed, YAML, "{to}");
+            assert_eq!(manifest::parse(&changed).unwrap()[0].facts, Ok(Arc::new(expected())), "{to}");
+        };
+        // No group bit is ever set.
+        same("fsGroup: 3000", "fsGroup: 1000");
+        same("    fsGroup: 3000\n", "    fsGroup: 3000\n    runAsGroup: 1000\n    supplementalGroups: [1000, 2000]\n");
+        same("runAsGroup: 1337", "runAsGroup: 1000");
+        // A mount is one, wherever it propagates and whatever an expression of its path becomes.
+        same("mountPropagation: None", "mountPropagation: Bidirectional");
+        same(", subPathExpr: $(POD)", "");
+        same("app: payments", "istio.io/dataplane-mode: ambient");
+        same("    sidecar.istio.io/status", "    example.org/other: x\n    sidecar.istio.io/status");
     }
 
     #[test]

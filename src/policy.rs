@@ -7,10 +7,12 @@ mod readers;
 pub mod rules;
 mod sidecars;
 
+use std::collections::HashMap;
 use std::fmt;
 use std::time::SystemTime;
 
 use crate::request::{Claim, Fault, Owner, PodRef, VolumeId};
+pub use doors::AUTOMOUNT;
 use facts::{Container, Csi, Kind, PodFacts, Source};
 pub use rules::{Namespaces, RULES, Rule, Rules, Severity, Waiver};
 pub use sidecars::product;
@@ -84,7 +86,7 @@ pub fn judge(
         for finding in findings {
             let text = format!("{}; {}", finding.text, rule.change);
             let fault = Fault { code: rule.code, field: finding.field.clone(), text };
-            if !rules.refuses(rule, facts) {
+            if !rules.refuses(rule, &case, &finding) {
                 warnings.push(Warning { fault, waived: false });
             } else if let Some(waiver) = rules.waiver(rule, facts, &finding, now) {
                 let text = format!("waived ({}): {}", waiver.reason, fault.text);
@@ -124,11 +126,15 @@ struct Case<'a> {
     /// The containers that may read, in the pod's order; `None` while a rule about readers fires, so that one
     /// mistake is reported once.
     readers: Option<Vec<&'a Container>>,
+    /// The pod's volumes by name, each with its index.
+    volumes: HashMap<&'a str, (usize, &'a Source)>,
 }
 
 impl<'a> Case<'a> {
     fn new(volume: &'a VolumeId, claim: &'a Claim, facts: &'a PodFacts, rules: &'a Rules) -> Self {
-        let mut case = Self { volume, claim, facts, rules, readers: None };
+        let volumes = facts.volumes.iter().enumerate();
+        let volumes = volumes.map(|(index, volume)| (volume.name.as_str(), (index, &volume.source))).collect();
+        let mut case = Self { volume, claim, facts, rules, readers: None, volumes };
         let readers: Vec<_> = match &claim.readers {
             Some(names) => facts.containers.iter().filter(|c| names.contains(&c.name)).collect(),
             None => case.mounting().collect(),
@@ -165,6 +171,11 @@ impl<'a> Case<'a> {
         self.facts.containers.iter().filter(other)
     }
 
+    /// The reader whose processes a debug container shares.
+    fn targets(&self, container: &Container) -> Option<&'a Container> {
+        self.readers().find(|reader| container.target.as_ref() == Some(&reader.name))
+    }
+
     /// The UID a container starts with, if the pod says so; else its image decides.
     fn uid(&self, container: &Container) -> Option<u32> {
         container.run_as_user.or(self.facts.run_as_user)
@@ -197,20 +208,27 @@ impl<'a> Case<'a> {
 
     /// The volume's source in the pod, if it is one of this kind.
     fn csi(&self) -> Option<&'a Csi> {
-        self.facts.volumes.iter().find(|v| v.name == self.volume.name.as_str())?.csi()
+        match self.source(self.volume.name.as_str())? {
+            (_, Source::Csi(csi)) => Some(csi),
+            _ => None,
+        }
     }
 
-    /// Another volume of the pod, with its index.
+    /// A volume of the pod, with its index.
     fn source(&self, name: &str) -> Option<(usize, &'a Source)> {
-        let mut volumes = self.facts.volumes.iter().enumerate();
-        volumes.find(|(_, volume)| volume.name == name).map(|(index, volume)| (index, &volume.source))
+        self.volumes.get(name).copied()
+    }
+
+    /// The value of an annotation that rules look at.
+    fn annotation(&self, key: &str) -> Option<&'a str> {
+        self.facts.annotations.iter().find(|(known, _)| known == key).map(|(_, value)| value.as_str())
     }
 
     /// A field of the volume, as a path into the pod.
     fn volume_field(&self, rest: &str) -> String {
         let name = self.volume.name.as_str();
-        match self.facts.volumes.iter().position(|v| v.name == name) {
-            Some(index) => format!("spec.volumes[{index}]{rest}"),
+        match self.source(name) {
+            Some((index, _)) => format!("spec.volumes[{index}]{rest}"),
             None => format!("spec.volumes[{name}]{rest}"),
         }
     }

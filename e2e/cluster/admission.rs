@@ -97,6 +97,10 @@ fn extra(pod: &mut Value, number: usize, source: Value) {
     push(&mut other(pod, number)["volumeMounts"], json!({"name": name, "mountPath": format!("/{name}")}));
 }
 
+fn last_mount(pod: &mut Value, number: usize) -> &mut Value {
+    other(pod, number)["volumeMounts"].as_array_mut().expect("mounts").last_mut().expect("a mount")
+}
+
 fn ours(pod: &mut Value) -> &mut Value {
     &mut pod["spec"]["volumes"][1]["csi"]
 }
@@ -167,6 +171,10 @@ const CHANGES: &[Change] = &[
         proxy["image"] = json!("registry.example:5000/mirror/envoy:v1.36@sha256:00");
         proxy["securityContext"]["runAsUser"] = json!(1000);
     },
+    |pod, _| {
+        pod["spec"]["containers"][0]["securityContext"]["runAsUser"] = json!(1000);
+        pod["metadata"]["annotations"]["sidecar.istio.io/status"] = json!("{\"containers\":[\"exporter\"]}");
+    },
     |pod, number| mount_db(pod, number),
     |pod, number| {
         mount_db(pod, number);
@@ -191,6 +199,8 @@ const CHANGES: &[Change] = &[
     |pod, number| add(pod, number, &["CAP_SYS_PTRACE"]),
     |pod, number| add(pod, number, &["SYS_MODULE"]),
     |pod, number| add(pod, number, &["Sys_RawIO"]),
+    |pod, number| add(pod, number, &["ſYS_ADMIN"]),
+    |pod, number| add(pod, number, &["NET_RAW", "cap_ſyſ_rawıo"]),
     |pod, number| add(pod, number, &["DAC_READ_SEARCH"]),
     |pod, number| add(pod, number, &["BPF", "PERFMON"]),
     |pod, number| add(pod, number, &["CHECKPOINT_RESTORE"]),
@@ -205,10 +215,15 @@ const CHANGES: &[Change] = &[
         }
     },
     |pod, number| other(pod, number)["securityContext"]["seLinuxOptions"] = json!({"type": "spc_t"}),
-    |pod, _| pod["spec"]["securityContext"]["seLinuxOptions"] = json!({"type": "spc_t"}),
+    |pod, _| pod["spec"]["securityContext"]["seLinuxOptions"] = json!({"type": "super_t"}),
     |pod, number| extra(pod, number, json!({"hostPath": {"path": "/var/lib/kubelet/pods"}})),
     |pod, number| extra(pod, number, json!({"hostPath": {"path": "/var//run/./containerd"}})),
     |pod, number| extra(pod, number, json!({"hostPath": {"path": "/"}})),
+    |pod, number| extra(pod, number, json!({"hostPath": {"path": "/var/log"}})),
+    |pod, number| {
+        extra(pod, number, json!({"hostPath": {"path": "/var/"}}));
+        last_mount(pod, number)["subPath"] = json!("run/docker.sock");
+    },
     |pod, number| {
         let variable = json!({"name": "P", "valueFrom": {"secretKeyRef": {"name": "db", "key": "password"}}});
         push(&mut other(pod, number)["env"], variable);
@@ -240,6 +255,7 @@ const CHANGES: &[Change] = &[
     |pod, number| extra(pod, number, json!({"hostPath": {"path": format!("{KUBELET_DIR}/pods")}})),
     |pod, _| {
         from_vault(pod);
+        pod["metadata"]["annotations"]["vault.hashicorp.com/agent-inject"] = json!("true");
         pod["metadata"]["annotations"]["vault.hashicorp.com/agent-inject-secret-db"] = json!("secret/data/a/db");
     },
     |pod, _| {
@@ -257,7 +273,18 @@ const CHANGES: &[Change] = &[
     },
     // It reaches admission as `sources: null`.
     |pod, number| extra(pod, number, json!({"projected": {"defaultMode": 420}})),
-    |pod, number| extra(pod, number, json!({"hostPath": {"path": "/var/log"}})),
+    |pod, number| {
+        extra(pod, number, json!({"hostPath": {"path": "/var/log"}}));
+        last_mount(pod, number)["readOnly"] = json!(true);
+    },
+    |pod, number| {
+        extra(pod, number, json!({"hostPath": {"path": "/var"}}));
+        last_mount(pod, number)["subPath"] = json!("data");
+    },
+    |pod, _| {
+        let mounts = "[{\"name\": \"scratch\", \"mountPath\": \"/x\", \"subPath\": \"db\"}]";
+        pod["metadata"]["annotations"]["sidecar.istio.io/userVolumeMount"] = json!(mounts);
+    },
     |pod, number| extra(pod, number, json!({"secret": {"secretName": "other", "optional": true}})),
     |pod, number| add(pod, number, &["NET_ADMIN"]),
     |pod, number| drop(other(pod, number).as_object_mut().expect("a map").remove("securityContext")),

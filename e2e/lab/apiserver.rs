@@ -399,11 +399,8 @@ impl KubeletPods {
     pub fn delete(&self, uid: &str) {
         if let Some(pod) = self.delete_silently(uid) {
             // All that the kubelet sends of it.
-            let metadata = pod.metadata.map(|metadata| proto::ObjectMeta {
-                labels: Default::default(),
-                annotations: Default::default(),
-                ..metadata
-            });
+            let metadata =
+                pod.metadata.map(|metadata| proto::ObjectMeta { annotations: Default::default(), ..metadata });
             self.tell(EventType::Deleted, &proto::Pod { metadata, spec: None, status: None });
         }
     }

@@ -94,7 +94,6 @@ fn publish(pod: &Identity, issuer: &Issuer, files: Option<&str>) -> (Grant, Publ
     let facts = PodFacts {
         pod: reference.clone(),
         node: "node-1".into(),
-        labels: Vec::new(),
         annotations: Vec::new(),
         host_pid: false,
         host_ipc: false,
@@ -118,10 +117,11 @@ fn publish(pod: &Identity, issuer: &Issuer, files: Option<&str>) -> (Grant, Publ
             profiles: Profiles::default(),
             target: None,
             env: Vec::new(),
+            env_vault: Vec::new(),
             devices: Vec::new(),
             extended_resources: Vec::new(),
-            mounts: vec![Mount { volume: "db".into(), path: "/secrets".into(), sub_path: None }],
-            id: None,
+            claims: Vec::new(),
+            mounts: vec![Mount { volume: "db".into(), path: "/secrets".into(), read_only: true, sub_path: None }],
             running_uid: None,
         }],
         volumes: vec![Volume {

@@ -1,7 +1,7 @@
 //! What each container of a pod can read today, whoever delivers it: this driver, the kubelet, or an agent.
 
 use crate::policy::facts::{Container, Kind, PodFacts, Projection, Source, Volume};
-use crate::policy::product;
+use crate::policy::{AUTOMOUNT, product};
 use crate::request::DRIVER;
 
 /// One thing that a container gets, or does not get although it is in its pod.
@@ -20,9 +20,6 @@ pub struct Access {
     /// Why, or why not.
     pub why: String,
 }
-
-/// Where the kubelet mounts the automounted token.
-const AUTOMOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
 
 /// Every container with every secret of its pod. `readers` gives the names of the containers that may read a volume of
 /// this driver's; `None` if it is refused.

@@ -51,7 +51,7 @@ pub const FIELDS: &[(&str, &[&str])] = &[
     ("connections.*.refresh", &["default", "min", "max"]),
     ("connections.*.requests", &["at_once", "per_second"]),
     ("limits", &["volume_bytes", "files"]),
-    ("policy", &["mesh_uids", "distinct_uids", "refuse", "runtime_classes", "namespaces", "waivers"]),
+    ("policy", &["mesh_uids", "distinct_uids", "refuse", "runtime_classes", "node_paths", "namespaces", "waivers"]),
     ("policy.runtime_classes.*", &["gate"]),
     ("policy.namespaces", &["allow", "deny"]),
     ("policy.waivers[]", &["code", "namespace", "service_account", "container", "until", "reason"]),
@@ -485,6 +485,7 @@ impl<'a> Reader<'a> {
                 runtime_classes.push(name.text.clone());
             }
         }
+        let node_paths = self.list(&map, "node_paths", node_path);
         let namespaces = self.below(&map, "namespaces", "policy.namespaces");
         let namespaces = Namespaces {
             allow: match namespaces.has("allow") {
@@ -498,7 +499,7 @@ impl<'a> Reader<'a> {
             waivers.extend(self.waiver(node, format!("{}[{index}]", map.field("waivers"))));
         }
         let mesh_uids = if map.has("mesh_uids") { mesh_uids } else { defaults.mesh_uids.clone() };
-        Rules { mesh_uids, distinct_uids, refuse, runtime_classes, namespaces, waivers, ..defaults }
+        Rules { mesh_uids, distinct_uids, refuse, runtime_classes, node_paths, namespaces, waivers, ..defaults }
     }
 
     /// `None` only if a fault was added.
@@ -540,6 +541,18 @@ fn text_of(text: &str, _: bool) -> Parsed<String> {
 
 fn name_or_any(text: &str, _: bool) -> Parsed<String> {
     NamePattern::parse(text).map(|_| text.to_owned()).map_err(|Malformed(text)| text)
+}
+
+/// A directory of the node, as it is: what is no plain path would match nothing, or everything.
+fn node_path(text: &str, plain: bool) -> Parsed<String> {
+    let mut parts = text.split('/').skip(1);
+    if !text.starts_with('/') || parts.any(|part| part.is_empty() || part == "." || part == "..") {
+        return Err("write a directory of the node such as /data/kubelet".into());
+    }
+    if text == "/var/run" || text.starts_with("/var/run/") {
+        return Err("is a link on every node; write /run".into());
+    }
+    text_of(text, plain)
 }
 
 fn one_of<T: Copy>(known: &[(&'static str, T)]) -> impl Fn(&str, bool) -> Parsed<T> {

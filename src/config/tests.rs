@@ -402,6 +402,11 @@ fn settings_of_the_rules() {
     assert_eq!(rules("mesh_uids: [1, 2]").mesh_uids, [1, 2]);
     assert_eq!(rules("mesh_uids: []").mesh_uids, [0_u32; 0]);
     assert!(rules("distinct_uids: true").distinct_uids);
+    assert_eq!(rules("node_paths: [/data/kubelet, /mnt/docker]").node_paths, ["/data/kubelet", "/mnt/docker"]);
+    for wrong in ["/", "data", "/data/", "/data//x", "/data/../etc", "\"\"", "/./data"] {
+        refused("mesh_uids: [1337]", &format!("node_paths: [{wrong}]"), "policy.node_paths[0]: write a directory");
+    }
+    refused("mesh_uids: [1337]", "node_paths: [/var/run/mine]", "policy.node_paths[0]: is a link on every node");
     assert_eq!(rules("refuse: [SM150]").refuse, [Code("SM150")]);
     refused("mesh_uids: [1337]", "refuse: [SM130]", "refused already");
     refused("mesh_uids: [1337]", "refuse: [SM15O]", "there is no rule \"SM15O\" (did you mean");

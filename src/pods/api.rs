@@ -20,8 +20,8 @@ use tokio::time::timeout;
 use tracing::{debug, info, warn};
 
 use super::{
-    Backoff, Cache, Described, PodsError, State, Task, capability, container_id, described, env_field, env_from_field,
-    init_kind, is_extended_resource, sorted, uid, unconfined, with_causes, written,
+    Backoff, Cache, Described, PodsError, State, Task, annotations, capability, described, env_field, env_from_field,
+    env_vault, init_kind, is_extended_resource, uid, unconfined, with_causes, written,
 };
 use crate::policy::facts::{Container, Csi, EnvSecret, Kind, Mount, PodFacts, Profiles, Projection, Source, Volume};
 use crate::request::{PodRef, attributes_digest};
@@ -316,8 +316,7 @@ pub(super) fn describe(pod: &Pod) -> Described {
                 service_account: text(&spec.service_account_name),
             },
             node: text(&spec.node_name),
-            labels: sorted(metadata.labels.clone().unwrap_or_default()),
-            annotations: sorted(metadata.annotations.clone().unwrap_or_default()),
+            annotations: annotations(metadata.annotations.iter().flatten()),
             host_pid: spec.host_pid.unwrap_or(false),
             host_ipc: spec.host_ipc.unwrap_or(false),
             host_network: spec.host_network.unwrap_or(false),
@@ -376,6 +375,7 @@ fn containers(pod: &Pod, spec: &PodSpec) -> Result<Vec<Container>, String> {
             },
             target: container.target.and_then(|target| written(Some(target))),
             env: env(container.env, container.env_from),
+            env_vault: env_vault(container.env.iter().map(|variable| variable.value.as_deref().unwrap_or_default())),
             mounts: container.mounts.iter().map(mount).collect(),
             devices: container.devices.iter().map(|device| device.name.clone()).collect(),
             extended_resources: limits
@@ -384,7 +384,13 @@ fn containers(pod: &Pod, spec: &PodSpec) -> Result<Vec<Container>, String> {
                 .map(|(name, _)| name.clone())
                 .filter(|name| is_extended_resource(name))
                 .collect(),
-            id: container_id(status.and_then(|status| status.container_id.as_deref())),
+            claims: container
+                .resources
+                .and_then(|resources| resources.claims.as_ref())
+                .into_iter()
+                .flatten()
+                .map(|claim| claim.name.clone())
+                .collect(),
             running_uid: uid(user.map(|user| user.uid), &format!("status of container {}: user", container.name))?,
         });
         Ok(())
@@ -461,7 +467,8 @@ fn mount(mount: &VolumeMount) -> Mount {
     Mount {
         volume: mount.name.clone(),
         path: mount.mount_path.clone(),
-        sub_path: written(mount.sub_path.as_deref()).or_else(|| written(mount.sub_path_expr.as_deref())),
+        read_only: mount.read_only.unwrap_or(false),
+        sub_path: written(mount.sub_path.as_deref()),
     }
 }
 

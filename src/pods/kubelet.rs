@@ -19,8 +19,8 @@ use tower::service_fn;
 use tracing::{debug, info, warn};
 
 use super::{
-    Backoff, Cache, Described, PodsError, State, Task, capability, container_id, described, env_field, env_from_field,
-    init_kind, is_extended_resource, sorted, uid, unconfined, with_causes, written,
+    Backoff, Cache, Described, PodsError, State, Task, annotations, capability, described, env_field, env_from_field,
+    env_vault, init_kind, is_extended_resource, uid, unconfined, with_causes, written,
 };
 use crate::policy::facts::{Container, Csi, EnvSecret, Kind, Mount, PodFacts, Profiles, Projection, Source, Volume};
 use crate::request::{PodRef, attributes_digest};
@@ -217,8 +217,7 @@ fn describe(pod: &proto::Pod) -> Described {
                 service_account: spec.service_account_name.clone(),
             },
             node: spec.node_name.clone(),
-            labels: sorted(metadata.labels.clone()),
-            annotations: sorted(metadata.annotations.clone()),
+            annotations: annotations(&metadata.annotations),
             host_pid: spec.host_pid,
             host_ipc: spec.host_ipc,
             host_network: spec.host_network,
@@ -264,6 +263,7 @@ fn containers(pod: &proto::Pod, spec: &proto::PodSpec) -> Result<Vec<Container>,
             profiles: profiles(&context.seccomp_profile, &context.app_armor_profile, &context.se_linux_options),
             target: written(target),
             env: env(container),
+            env_vault: env_vault(container.env.iter().map(|variable| variable.value.as_str())),
             mounts: container.volume_mounts.iter().map(mount).collect(),
             devices: container.volume_devices.iter().map(|device| device.name.clone()).collect(),
             extended_resources: {
@@ -272,7 +272,12 @@ fn containers(pod: &proto::Pod, spec: &proto::PodSpec) -> Result<Vec<Container>,
                 names.sort();
                 names
             },
-            id: container_id(status.map(|status| status.container_id.as_str())),
+            claims: container
+                .resources
+                .iter()
+                .flat_map(|resources| &resources.claims)
+                .map(|claim| claim.name.clone())
+                .collect(),
             running_uid: uid(user.map(|user| user.uid), &format!("status of container {}: user", container.name))?,
         });
         Ok::<_, String>(())
@@ -295,7 +300,8 @@ fn mount(mount: &proto::VolumeMount) -> Mount {
     Mount {
         volume: mount.name.clone(),
         path: mount.mount_path.clone(),
-        sub_path: written(Some(&mount.sub_path)).or_else(|| written(Some(&mount.sub_path_expr))),
+        read_only: mount.read_only,
+        sub_path: written(Some(&mount.sub_path)),
     }
 }
 

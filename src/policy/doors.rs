@@ -8,7 +8,7 @@ use crate::request::files::Location;
 use crate::request::shown;
 
 /// Where the kubelet mounts the automounted token (kubernetes, ServiceAccount admission).
-const AUTOMOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
+pub const AUTOMOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
 
 pub(super) fn same_secret(case: &Case<'_>, findings: &mut Vec<Finding>) {
     for container in case.neighbours() {
@@ -22,8 +22,15 @@ pub(super) fn same_secret_reader(case: &Case<'_>, findings: &mut Vec<Finding>) {
     }
 }
 
-/// Each way by which a container gets the volume's Kubernetes Secret without this driver.
+/// Each way by which a container gets the volume's Kubernetes Secret, or a path of Vault that it reads, without this
+/// driver.
 fn other_ways(case: &Case<'_>, container: &Container, findings: &mut Vec<Finding>, rest: &str) {
+    for (index, path) in &container.env_vault {
+        if vault_paths(case).any(|read| read == path) {
+            let text = format!("{} gets {}{rest} too", called(container), shown(path));
+            found_at(findings, container, field(container, &format!(".env[{index}].value")), text);
+        }
+    }
     let Some(secret) = case.csi().and_then(|csi| csi.secret.as_deref()) else { return };
     let text = format!("{} gets Secret {secret}{rest} too", called(container));
     for variable in container.env.iter().filter(|variable| variable.secret == secret) {
@@ -76,24 +83,35 @@ pub(super) fn automount(case: &Case<'_>, findings: &mut Vec<Finding>) {
     if vault_paths(case).next().is_none() {
         return;
     }
-    let holds =
-        |container: &&Container| container.mounts.iter().any(|mount| mount.path.trim_end_matches('/') == AUTOMOUNT);
+    // The token for the API server, at the usual path or mounted by hand at another.
+    let holds = |container: &&Container| {
+        container.mounts.iter().any(|mount| {
+            mount.path.trim_end_matches('/') == AUTOMOUNT
+                || matches!(case.source(&mount.volume), Some((_, Source::Projected(sources)))
+                    if sources.iter().any(|(_, source)| *source == Projection::Token(String::new())))
+        })
+    };
     // Admission has mounted it in the pod of a node; a manifest says only whether it will.
     let admitted = !case.facts.node.is_empty();
     let field = || "spec.automountServiceAccountToken".to_owned();
     if let Some(container) = case.neighbours().find(holds) {
-        let text = format!("{} holds the pod's automounted token", called(container));
+        let text = format!("{} holds the pod's token for the API server", called(container));
         found_at(findings, container, field(), text);
     } else if let Some(container) = case.neighbours().next()
         && !admitted
         && case.facts.automount_token != Some(false)
     {
-        let text = format!("{} will hold the pod's automounted token", called(container));
+        let text = format!("{} will hold the pod's token for the API server", called(container));
         found_at(findings, container, field(), text);
     }
 }
 
 pub(super) fn vault_agent(case: &Case<'_>, findings: &mut Vec<Finding>) {
+    // What Go's ParseBool takes for true; without it the injector does nothing.
+    let injected = ["1", "t", "T", "TRUE", "true", "True"];
+    if !case.annotation("vault.hashicorp.com/agent-inject").is_some_and(|value| injected.contains(&value)) {
+        return;
+    }
     const SECRET: &str = "vault.hashicorp.com/agent-inject-secret-";
     const TEMPLATE: &str = "vault.hashicorp.com/agent-inject-template-";
     for (key, value) in &case.facts.annotations {
@@ -115,23 +133,23 @@ fn annotation(key: &str) -> String {
 
 /// An annotation's value, and where it stands.
 fn annotated<'a>(case: &Case<'a>, key: &str) -> Option<(&'a str, String)> {
-    let (_, value) = case.facts.annotations.iter().find(|(known, _)| known == key)?;
-    Some((value, annotation(key)))
+    Some((case.annotation(key)?, annotation(key)))
 }
 
 pub(super) fn user_volume_mount(case: &Case<'_>, findings: &mut Vec<Finding>) {
     let name = case.volume.name.as_str();
-    if let Some((value, field)) = annotated(case, "sidecar.istio.io/userVolumeMount")
-        // JSON, with the volume's name as a value or, in the older form, as a name.
-        && value.contains(&format!("\"{name}\""))
-    {
+    let Some((value, field)) = annotated(case, "sidecar.istio.io/userVolumeMount") else { return };
+    // JSON: a list of mounts or, in the older form, a map of them by name.
+    let plain: String = value.split_ascii_whitespace().collect();
+    if plain.contains(&format!("\"name\":\"{name}\"")) || plain.contains(&format!("\"{name}\":{{")) {
         found(findings, field, format!("Istio is told to mount {name} into its proxy"));
     }
 }
 
 pub(super) fn bootstrap(case: &Case<'_>, findings: &mut Vec<Finding>) {
-    if let Some((value, field)) = annotated(case, "sidecar.istio.io/bootstrapOverride") {
-        found(findings, field, format!("ConfigMap {} decides the proxy's bootstrap", shown(value)));
+    if let Some((_, field)) = annotated(case, "sidecar.istio.io/bootstrapOverride") {
+        // Not its name: who may annotate the pod would make an event of each new one.
+        found(findings, field, "a ConfigMap decides the proxy's bootstrap");
     }
 }
 
@@ -141,8 +159,12 @@ pub(super) fn core_dump(case: &Case<'_>, findings: &mut Vec<Finding>) {
     }
 }
 
-pub(super) fn tproxy(case: &Case<'_>, findings: &mut Vec<Finding>) {
-    if let Some(("TPROXY", field)) = annotated(case, "sidecar.istio.io/interceptionMode") {
-        found(findings, field, "Istio runs its proxy as root");
+pub(super) fn root_proxy(case: &Case<'_>, findings: &mut Vec<Finding>) {
+    for (key, value) in
+        [("sidecar.istio.io/interceptionMode", "TPROXY"), ("sidecar.istio.io/capNetBindService", "true")]
+    {
+        if let Some((_, field)) = annotated(case, key).filter(|(written, _)| *written == value) {
+            found(findings, field, "Istio runs its proxy as root");
+        }
     }
 }

@@ -9,9 +9,7 @@ pub struct PodFacts {
     pub pod: PodRef,
     /// `spec.nodeName`; empty while not bound (a manifest).
     pub node: String,
-    /// `metadata.labels`, sorted by key.
-    pub labels: Vec<(String, String)>,
-    /// `metadata.annotations`, sorted by key.
+    /// Those of `metadata.annotations` that rules look at, sorted by key.
     pub annotations: Vec<(String, String)>,
     /// `spec.hostPID`.
     pub host_pid: bool,
@@ -88,14 +86,17 @@ pub struct Container {
     pub target: Option<String>,
     /// The Secrets in `env` and `envFrom`.
     pub env: Vec<EnvSecret>,
+    /// The paths of Vault in `env` values that an injector replaces when the container starts
+    /// (`vault:secret/data/db#password`), each with its index.
+    pub env_vault: Vec<(usize, String)>,
     /// `volumeMounts`.
     pub mounts: Vec<Mount>,
     /// The volumes in `volumeDevices`.
     pub devices: Vec<String>,
     /// Extended resources in `resources.limits`, such as `vendor.example/gpu`: a device plugin hands in devices.
     pub extended_resources: Vec<String>,
-    /// `status.*Statuses[].containerID` without its scheme, once it runs.
-    pub id: Option<String>,
+    /// The names in `resources.claims`: devices by dynamic resource allocation.
+    pub claims: Vec<String>,
     /// `status.*Statuses[].user.linux.uid`, once it runs (Kubernetes 1.31).
     pub running_uid: Option<u32>,
 }
@@ -116,7 +117,9 @@ pub struct Mount {
     pub volume: String,
     /// `mountPath`.
     pub path: String,
-    /// `subPath` or `subPathExpr`, if one is written.
+    /// `readOnly`.
+    pub read_only: bool,
+    /// `subPath`, if one is written. `subPathExpr` may become any path of the volume.
     pub sub_path: Option<String>,
 }
 

@@ -6,16 +6,16 @@ use super::sidecars::{called, is_mesh_proxy};
 use super::{Case, field};
 
 /// What leads to the files, to a process's memory or to the runtime, besides the kubelet's directory: everything at, in
-/// or above these.
-const NODE_PATHS: [&str; 21] = [
+/// or above these. What the kubelet, the runtimes and etcd keep, the keys to them, and the sockets by which root on the
+/// node is asked for anything.
+const NODE_PATHS: [&str; 26] = [
     "/proc",
     "/sys",
     "/dev",
     "/var/lib/kubelet",
     "/etc/kubernetes",
-    "/usr/libexec/kubernetes",
     "/etc/cni",
-    "/opt/cni",
+    "/run/nri",
     "/run/containerd",
     "/var/lib/containerd",
     "/run/crio",
@@ -24,11 +24,48 @@ const NODE_PATHS: [&str; 21] = [
     "/run/docker",
     "/var/lib/docker",
     "/run/cri-dockerd.sock",
+    "/run/dockershim.sock",
     "/run/runc",
     "/run/k3s",
+    "/etc/rancher",
     "/var/lib/rancher",
+    "/run/k0s",
     "/var/lib/k0s",
     "/var/snap/microk8s",
+    "/var/lib/etcd",
+    "/run/systemd",
+    "/run/dbus",
+];
+
+/// What root on the node runs or follows: harmless to read, and a way for who may write it. Programs, plugins, units, the
+/// runtimes' settings, and the logs, where the kubelet and log shippers follow a link as root.
+const RUN_AS_ROOT: [&str; 26] = [
+    "/bin",
+    "/sbin",
+    "/lib/systemd",
+    "/lib64",
+    "/usr/bin",
+    "/usr/sbin",
+    "/usr/lib/systemd",
+    "/usr/lib64",
+    "/usr/local/bin",
+    "/usr/local/sbin",
+    "/usr/libexec/kubernetes",
+    "/opt/cni",
+    "/opt/nri",
+    "/etc/nri",
+    "/etc/cdi",
+    "/run/cdi",
+    "/etc/containerd",
+    "/etc/crio",
+    "/etc/containers",
+    "/etc/docker",
+    "/etc/systemd",
+    "/etc/cron.d",
+    "/var/spool/cron",
+    "/root",
+    "/var/log/pods",
+    "/var/log/containers",
 ];
 
 pub(super) fn another_mounts(case: &Case<'_>, findings: &mut Vec<Finding>) {
@@ -57,7 +94,7 @@ pub(super) fn same_uid(case: &Case<'_>, findings: &mut Vec<Finding>) {
     let Some(owner) = case.owner() else { return };
     for container in case.neighbours().filter(|c| case.neighbour_uid(c) == Some(owner)) {
         // A mesh proxy with the owner's UID is a rule of its own.
-        if !is_mesh_proxy(container) {
+        if !is_mesh_proxy(case, container) {
             let text = format!("{} runs with UID {owner}, as the reader does", called(container));
             found_at(findings, container, field(container, ".securityContext.runAsUser"), text);
         }
@@ -66,9 +103,8 @@ pub(super) fn same_uid(case: &Case<'_>, findings: &mut Vec<Finding>) {
 
 pub(super) fn targets_reader(case: &Case<'_>, findings: &mut Vec<Finding>) {
     for container in case.neighbours() {
-        let Some(target) = &container.target else { continue };
-        if case.readers().any(|reader| reader.name == *target) {
-            let text = format!("{} shares the processes of {target}", called(container));
+        if let Some(reader) = case.targets(container) {
+            let text = format!("{} shares the processes of {}", called(container), reader.name);
             found_at(findings, container, field(container, ".targetContainerName"), text);
         }
     }
@@ -115,10 +151,6 @@ fn adds(case: &Case<'_>, findings: &mut Vec<Finding>, names: &[&str], only: impl
     }
 }
 
-fn has(container: &Container, name: &str) -> bool {
-    container.added.iter().any(|added| added == name)
-}
-
 pub(super) fn sys_admin(case: &Case<'_>, findings: &mut Vec<Finding>) {
     adds(case, findings, &["SYS_ADMIN", "ALL"], |_| true, "");
 }
@@ -135,8 +167,8 @@ pub(super) fn dac_read_search(case: &Case<'_>, findings: &mut Vec<Finding>) {
     adds(case, findings, &["DAC_READ_SEARCH"], |_| true, "");
 }
 
-pub(super) fn bpf(case: &Case<'_>, findings: &mut Vec<Finding>) {
-    adds(case, findings, &["BPF"], |container| has(container, "PERFMON"), " and PERFMON");
+pub(super) fn perfmon(case: &Case<'_>, findings: &mut Vec<Finding>) {
+    adds(case, findings, &["PERFMON"], |_| true, "");
 }
 
 pub(super) fn checkpoint_restore(case: &Case<'_>, findings: &mut Vec<Finding>) {
@@ -166,28 +198,63 @@ fn profile_field(container: &Container, own: bool, rest: &str) -> String {
 }
 
 pub(super) fn super_privileged(case: &Case<'_>, findings: &mut Vec<Finding>) {
+    /// container-selinux has the first three, Bottlerocket (SECURITY_GUIDANCE) the others.
+    const UNCONFINED: [&str; 5] = ["spc_t", "unconfined_t", "container_runtime_t", "super_t", "control_t"];
     for container in case.neighbours() {
         let own = &container.profiles.selinux_type;
-        if own.as_ref().or(case.facts.profiles.selinux_type.as_ref()).is_some_and(|kind| kind == "spc_t") {
-            let text = format!("{} has the SELinux type spc_t", called(container));
+        let kind = own.as_ref().or(case.facts.profiles.selinux_type.as_ref());
+        if let Some(kind) = kind.filter(|kind| UNCONFINED.contains(&kind.as_str())) {
+            let text = format!("{} has the SELinux type {kind}", called(container));
             found_at(findings, container, profile_field(container, own.is_some(), "seLinuxOptions.type"), text);
         }
     }
 }
 
 pub(super) fn host_path(case: &Case<'_>, findings: &mut Vec<Finding>) {
-    for (index, volume) in case.facts.volumes.iter().enumerate() {
-        let Source::HostPath(path) = &volume.source else { continue };
-        let Some(leads) = leads_to(path, &case.rules.kubelet_dir) else { continue };
-        for container in case.neighbours().filter(|c| c.mounts.iter().any(|mount| mount.volume == volume.name)) {
+    for (container, index, path, _) in host_paths(case) {
+        if let Some(leads) = leads_to_files(case, &path) {
             let text = format!("{} mounts {path} of the node, which leads to {leads}", called(container));
             found_at(findings, container, format!("spec.volumes[{index}].hostPath.path"), text);
         }
     }
 }
 
+pub(super) fn writable_host_path(case: &Case<'_>, findings: &mut Vec<Finding>) {
+    for (container, index, path, read_only) in host_paths(case) {
+        // What leads to the files is a rule of its own.
+        if let Some(leads) = leads_to(&path, RUN_AS_ROOT.into_iter())
+            && !read_only
+            && leads_to_files(case, &path).is_none()
+        {
+            let text = format!("{} may write {path} of the node, which leads to {leads}", called(container));
+            found_at(findings, container, format!("spec.volumes[{index}].hostPath.path"), text);
+        }
+    }
+}
+
+/// What the others mount of the node: the container, the volume's index, the path, and whether it is read-only.
+fn host_paths<'a>(case: &Case<'a>) -> impl Iterator<Item = (&'a Container, usize, String, bool)> {
+    case.neighbours().flat_map(move |container| {
+        container.mounts.iter().filter_map(move |mount| match case.source(&mount.volume)? {
+            (index, Source::HostPath(path)) => {
+                let path = match &mount.sub_path {
+                    Some(below) => format!("{path}/{below}"),
+                    None => path.clone(),
+                };
+                Some((container, index, path, mount.read_only))
+            }
+            _ => None,
+        })
+    })
+}
+
+fn leads_to_files<'a>(case: &Case<'a>, path: &str) -> Option<&'a str> {
+    let own = std::iter::once(&case.rules.kubelet_dir).chain(&case.rules.node_paths).map(String::as_str);
+    leads_to(path, own.chain(NODE_PATHS))
+}
+
 /// Which of the node's own directories a path lies in or above.
-fn leads_to<'a>(path: &str, kubelet_dir: &'a str) -> Option<&'a str> {
+fn leads_to<'a>(path: &str, mut known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     // The API server lets "." and doubled slashes through, and every node has /var/run as a name of /run.
     let plain = |path: &str| {
         let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty() && *part != ".").collect();
@@ -200,8 +267,7 @@ fn leads_to<'a>(path: &str, kubelet_dir: &'a str) -> Option<&'a str> {
         outer.is_empty() || inner.strip_prefix(outer).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
     };
     let path = plain(path);
-    let known = std::iter::once(kubelet_dir).chain(NODE_PATHS);
-    known.into_iter().find(|known| {
+    known.find(|known| {
         let known = plain(known);
         within(&path, &known) || within(&known, &path)
     })
@@ -221,6 +287,10 @@ pub(super) fn device_plugin(case: &Case<'_>, findings: &mut Vec<Finding>) {
         for name in &container.extended_resources {
             let text = format!("{} is given {name}", called(container));
             found_at(findings, container, field(container, ".resources.limits"), text);
+        }
+        for (index, name) in container.claims.iter().enumerate() {
+            let text = format!("{} is given the devices of claim {name}", called(container));
+            found_at(findings, container, field(container, &format!(".resources.claims[{index}]")), text);
         }
     }
 }
@@ -258,18 +328,28 @@ pub(super) fn escalation(case: &Case<'_>, findings: &mut Vec<Finding>) {
 
 pub(super) fn capabilities(case: &Case<'_>, findings: &mut Vec<Finding>) {
     /// Those that are rules of their own.
-    const REFUSED: [&str; 7] =
-        ["ALL", "SYS_ADMIN", "SYS_PTRACE", "SYS_MODULE", "SYS_RAWIO", "DAC_READ_SEARCH", "CHECKPOINT_RESTORE"];
+    const REFUSED: [&str; 8] = [
+        "ALL",
+        "SYS_ADMIN",
+        "SYS_PTRACE",
+        "SYS_MODULE",
+        "SYS_RAWIO",
+        "DAC_READ_SEARCH",
+        "PERFMON",
+        "CHECKPOINT_RESTORE",
+    ];
     for container in case.neighbours().filter(|container| !container.privileged) {
-        let added: Vec<&str> =
-            container.added.iter().map(String::as_str).filter(|name| !REFUSED.contains(name)).collect();
-        let text = if !added.is_empty() {
-            format!("{} adds {}", called(container), added.join(", "))
+        let added: Vec<(usize, &str)> = (container.added.iter().map(String::as_str).enumerate())
+            .filter(|(_, name)| !REFUSED.contains(name))
+            .collect();
+        let (rest, text) = if let Some((first, _)) = added.first() {
+            let names: Vec<&str> = added.iter().map(|(_, name)| *name).collect();
+            (format!(".capabilities.add[{first}]"), format!("{} adds {}", called(container), names.join(", ")))
         } else if case.neighbour_uid(container) == Some(0) && !container.drops_all && container.added.is_empty() {
-            format!("{} is root with the runtime's capabilities", called(container))
+            (String::new(), format!("{} is root with the runtime's capabilities", called(container)))
         } else {
             continue;
         };
-        found_at(findings, container, field(container, ".securityContext"), text);
+        found_at(findings, container, field(container, &format!(".securityContext{rest}")), text);
     }
 }

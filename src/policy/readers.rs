@@ -91,7 +91,11 @@ pub(super) fn owner_unknown(case: &Case<'_>, findings: &mut Vec<Finding>) {
 
 pub(super) fn root_not_written_out(case: &Case<'_>, findings: &mut Vec<Finding>) {
     for reader in case.readers().filter(|reader| case.claim.uid.is_none() && case.uid(reader) == Some(0)) {
-        found_at(findings, reader, case.owner_field(), format!("{} runs as root", reader.name));
+        let field = match reader.run_as_user {
+            Some(_) => field(reader, ".securityContext.runAsUser"),
+            None => "spec.securityContext.runAsUser".into(),
+        };
+        found_at(findings, reader, field, format!("{} runs as root", reader.name));
     }
 }
 
@@ -109,11 +113,12 @@ pub(super) fn owners_differ(case: &Case<'_>, findings: &mut Vec<Finding>) {
 
 pub(super) fn mesh_uid(case: &Case<'_>, findings: &mut Vec<Finding>) {
     let Some(owner) = case.owner() else { return };
-    let proxy = case.neighbours().find(|c| is_mesh_proxy(c) && case.neighbour_uid(c) == Some(owner));
+    let proxy = case.neighbours().find(|c| is_mesh_proxy(case, c) && case.neighbour_uid(c) == Some(owner));
     if let Some(proxy) = proxy {
         let text = format!("{owner} is the UID of the mesh proxy {}", proxy.name);
         found_at(findings, proxy, case.owner_field(), text);
-    } else if case.rules.mesh_uids.contains(&owner) {
+    } else if case.rules.mesh_uids.contains(&owner) && !case.readers().all(|reader| is_mesh_proxy(case, reader)) {
+        // A gateway may have a certificate of its own.
         found(findings, case.owner_field(), format!("{owner} is the UID of mesh proxies"));
     }
 }

@@ -258,7 +258,7 @@ pub static RULES: &[Rule] = &[
         text: "an ephemeral container shares the processes of a reader",
         change: "debug another container, or a copy of the pod (kubectl debug --copy-to)",
         source: "/proc/PID/root of the reader leads to its mounts for the same UID (ptrace(2)); kubectl debug --target",
-        waivable: true,
+        waivable: false,
         check: neighbours::targets_reader,
     },
     Rule {
@@ -375,11 +375,11 @@ pub static RULES: &[Rule] = &[
         code: Code("SM165"),
         severity: Severity::Refuse,
         field: "spec.containers[].securityContext.capabilities.add[]",
-        text: "another container adds BPF and PERFMON",
-        change: "take one of the two out",
-        source: "together they load programs that read the memory of any process (bpf(2), capabilities(7))",
+        text: "another container adds PERFMON",
+        change: "take it out",
+        source: "it samples the stacks of any process (perf_event_open(2), PERF_SAMPLE_STACK_USER); with BPF it reads its memory (bpf(2))",
         waivable: true,
-        check: neighbours::bpf,
+        check: neighbours::perfmon,
     },
     Rule {
         code: Code("SM166"),
@@ -397,7 +397,7 @@ pub static RULES: &[Rule] = &[
         field: "spec.containers[].securityContext.capabilities.add[]",
         text: "another container adds SYS_CHROOT and mounts a hostPath",
         change: "take one of the two out",
-        source: "it can leave its root for the node's (chroot(2))",
+        source: "paths and setuid programs below the node's directory are taken from a root of its choice (chroot(2))",
         waivable: true,
         check: neighbours::sys_chroot,
     },
@@ -415,9 +415,9 @@ pub static RULES: &[Rule] = &[
         code: Code("SM169"),
         severity: Severity::Refuse,
         field: "spec.containers[].securityContext.seLinuxOptions.type",
-        text: "another container has the SELinux type spc_t",
+        text: "another container has an SELinux type that does not confine it",
         change: "leave the type out",
-        source: "spc_t is confined by nothing (container-selinux)",
+        source: "spc_t and its like may do what the kernel lets them (container-selinux; Bottlerocket, SECURITY_GUIDANCE)",
         waivable: true,
         check: neighbours::super_privileged,
     },
@@ -447,7 +447,7 @@ pub static RULES: &[Rule] = &[
         field: "spec.containers[].resources.limits",
         text: "another container is given a device",
         change: "run it in a pod of its own if it can be",
-        source: "what a device plugin hands in may read the node's memory by DMA (kubernetes, device plugins)",
+        source: "what a device plugin or a claim hands in may read the node's memory by DMA (kubernetes, device plugins)",
         waivable: true,
         check: neighbours::device_plugin,
     },
@@ -502,12 +502,22 @@ pub static RULES: &[Rule] = &[
         check: readers::rights,
     },
     Rule {
+        code: Code("SM178"),
+        severity: Severity::Refuse,
+        field: "spec.volumes[].hostPath.path",
+        text: "another container may write what root on the node runs or follows",
+        change: "write readOnly: true at its mount, or mount a narrower path",
+        source: "a program or unit put there runs as root; a link put into the logs is read as root by the kubelet (kubernetes, ReadLogs)",
+        waivable: true,
+        check: neighbours::writable_host_path,
+    },
+    Rule {
         code: Code("SM180"),
         severity: Severity::Refuse,
         field: "spec.containers[]",
-        text: "another container gets the same Secret by another way",
+        text: "another container gets the same secret by another way",
         change: "take it out there, or give that container a volume of its own",
-        source: "environment and Secret volumes are delivered by the kubelet, which asks nobody who may read",
+        source: "the kubelet delivers environment and Secret volumes, and an injector vault: values; neither asks who may read",
         waivable: true,
         check: doors::same_secret,
     },
@@ -515,7 +525,7 @@ pub static RULES: &[Rule] = &[
         code: Code("SM181"),
         severity: Severity::Warn,
         field: "spec.containers[]",
-        text: "the reader gets the same Secret by another way too",
+        text: "the reader gets the same secret by another way too",
         change: "take it out; the application reads the file",
         source: "an environment is inherited by every child and shown by /proc/PID/environ (proc(5))",
         waivable: true,
@@ -535,8 +545,8 @@ pub static RULES: &[Rule] = &[
         code: Code("SM183"),
         severity: Severity::Warn,
         field: "spec.automountServiceAccountToken",
-        text: "every container holds the pod's automounted token",
-        change: "write automountServiceAccountToken: false, or make sure that no role of Vault's takes it",
+        text: "another container holds the pod's token for the API server",
+        change: "write automountServiceAccountToken: false and mount no such token, or make sure that no role of Vault's takes it",
         source: "a role without an audience takes it (Vault, kubernetes auth)",
         waivable: true,
         check: doors::automount,
@@ -586,10 +596,10 @@ pub static RULES: &[Rule] = &[
         severity: Severity::Warn,
         field: "metadata.annotations",
         text: "Istio runs its proxy as root",
-        change: "leave the interception mode at REDIRECT",
-        source: "TPROXY needs root and NET_ADMIN (istio, sidecar.istio.io/interceptionMode)",
+        change: "leave the interception mode at REDIRECT, and capNetBindService out",
+        source: "TPROXY needs root and NET_ADMIN, a low port root (istio, interceptionMode and capNetBindService)",
         waivable: true,
-        check: doors::tproxy,
+        check: doors::root_proxy,
     },
 ];
 
@@ -620,6 +630,8 @@ pub struct Rules {
     pub audiences: Vec<String>,
     /// The kubelet's directory on the node (`--kubelet-dir`).
     pub kubelet_dir: String,
+    /// `node_paths`: more directories of the nodes that lead to the kubelet's or the runtime's.
+    pub node_paths: Vec<String>,
 }
 
 impl Default for Rules {
@@ -633,18 +645,24 @@ impl Default for Rules {
             waivers: Vec::new(),
             audiences: Vec::new(),
             kubelet_dir: "/var/lib/kubelet".into(),
+            node_paths: Vec::new(),
         }
     }
 }
 
 impl Rules {
-    /// Whether a rule's finding refuses: by its own severity, by the platform's, or since this pod's containers see
-    /// each other's processes, where the same UID is a way to the files.
-    pub(super) fn refuses(&self, rule: &Rule, facts: &PodFacts) -> bool {
+    /// Whether a rule's finding refuses: by its own severity, by the platform's, or since the container that it is about
+    /// sees the reader's processes, where the same UID is a way to the files.
+    pub(super) fn refuses(&self, rule: &Rule, case: &Case<'_>, finding: &Finding) -> bool {
+        let facts = case.facts;
+        let sees = || {
+            let mut about = facts.containers.iter().filter(|it| finding.container.as_ref() == Some(&it.name));
+            facts.share_process_namespace || facts.host_pid || about.any(|it| case.targets(it).is_some())
+        };
         let about_uids = rule.code == SAME_UID || rule.code == IMAGE_UID;
         rule.severity == Severity::Refuse
             || self.refuse.contains(&rule.code)
-            || (about_uids && (self.distinct_uids || facts.share_process_namespace))
+            || (about_uids && (self.distinct_uids || sees()))
     }
 
     /// The waiver that covers a finding, if one does and the rule may be waived.
