@@ -7,7 +7,7 @@ mod readers;
 pub mod rules;
 mod sidecars;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::time::SystemTime;
 
@@ -126,15 +126,21 @@ struct Case<'a> {
     /// The containers that may read, in the pod's order; `None` while a rule about readers fires, so that one
     /// mistake is reported once.
     readers: Option<Vec<&'a Container>>,
+    /// The other containers, if the readers are known; else none.
+    neighbours: Vec<&'a Container>,
     /// The pod's volumes by name, each with its index.
     volumes: HashMap<&'a str, (usize, &'a Source)>,
+    /// What Istio's injector says it added: JSON with lists of names, so that each stands in quotes.
+    added_by_istio: HashSet<&'a str>,
 }
 
 impl<'a> Case<'a> {
     fn new(volume: &'a VolumeId, claim: &'a Claim, facts: &'a PodFacts, rules: &'a Rules) -> Self {
         let volumes = facts.volumes.iter().enumerate();
         let volumes = volumes.map(|(index, volume)| (volume.name.as_str(), (index, &volume.source))).collect();
-        let mut case = Self { volume, claim, facts, rules, readers: None, volumes };
+        let (readers, neighbours, added_by_istio) = (None, Vec::new(), HashSet::new());
+        let mut case = Self { volume, claim, facts, rules, readers, neighbours, volumes, added_by_istio };
+        case.added_by_istio.extend(case.annotation("sidecar.istio.io/status").unwrap_or_default().split('"').skip(1));
         let readers: Vec<_> = match &claim.readers {
             Some(names) => facts.containers.iter().filter(|c| names.contains(&c.name)).collect(),
             None => case.mounting().collect(),
@@ -142,6 +148,8 @@ impl<'a> Case<'a> {
         let wanted = claim.readers.as_ref().map_or(1, Vec::len);
         let fit = |c: &&Container| c.kind != Kind::Ephemeral && case.mounts(c).next().is_some();
         if readers.len() == wanted && wanted > 0 && readers.iter().all(fit) {
+            let names: HashSet<&str> = readers.iter().map(|reader| reader.name.as_str()).collect();
+            case.neighbours.extend(facts.containers.iter().filter(|other| !names.contains(other.name.as_str())));
             case.readers = Some(readers);
         }
         case
@@ -166,9 +174,7 @@ impl<'a> Case<'a> {
 
     /// The others, if the readers are known; else none.
     fn neighbours(&self) -> impl Iterator<Item = &'a Container> {
-        let readers = self.readers.as_deref();
-        let other = move |c: &&Container| readers.is_some_and(|readers| !readers.iter().any(|r| r.name == c.name));
-        self.facts.containers.iter().filter(other)
+        self.neighbours.iter().copied()
     }
 
     /// The reader whose processes a debug container shares.

@@ -47,8 +47,5 @@ pub(super) fn is_mesh_proxy(case: &Case<'_>, container: &Container) -> bool {
     KNOWN.iter().any(|(known, _, proxy)| *known == container.name && *proxy)
         || IMAGES.contains(&name)
         || (name == "proxy" && path.rsplit('/').next() == Some("linkerd"))
-        // JSON with lists of names: a quoted name is one of them.
-        || case
-            .annotation("sidecar.istio.io/status")
-            .is_some_and(|added| added.contains(&format!("\"{}\"", container.name)))
+        || case.added_by_istio.contains(container.name.as_str())
 }

@@ -34,8 +34,8 @@ pub const ATTRIBUTES: [&str; 6] = ["vault", "role", "files", "for", "uid", "refr
 const MAX_UID: u32 = 2_147_483_647;
 /// The longest `vault` or `role`, in bytes.
 const MAX_NAME: usize = 253;
-/// The longest `for`, in bytes: some 64 containers. The rules compare each with each.
-const MAX_FOR: usize = 4096;
+/// The most containers in `for`: each is looked for among those of the pod.
+const MAX_READERS: usize = 64;
 
 /// Where a pod's author wrote what is wrong.
 #[derive(Debug)]
@@ -165,9 +165,6 @@ fn sources(
 }
 
 fn readers(text: &str) -> Result<Vec<String>, String> {
-    if text.len() > MAX_FOR {
-        return Err(format!("the list is longer than {MAX_FOR} bytes; name only the containers that read"));
-    }
     let mut names: Vec<String> = Vec::new();
     for name in text.split(',').map(str::trim) {
         if name.is_empty() {
@@ -178,6 +175,9 @@ fn readers(text: &str) -> Result<Vec<String>, String> {
         }
         if names.iter().any(|other| other == name) {
             return Err(format!("\"{}\" is named twice", shown(name)));
+        }
+        if names.len() == MAX_READERS {
+            return Err(format!("name at most {MAX_READERS} containers"));
         }
         names.push(name.to_owned());
     }

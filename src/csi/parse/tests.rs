@@ -282,6 +282,9 @@ fn attributes() {
         refused(|r| set(r, "for", value), &[&at("SM011", "for")]);
     }
     assert_eq!(taken(|r| set(r, "for", " app , b")).claim.readers.unwrap(), ["app", "b"]);
+    let many = |count: usize| (0..count).map(|number| format!("c{number}")).collect::<Vec<_>>().join(",");
+    assert_eq!(taken(|r| set(r, "for", &many(64))).claim.readers.unwrap().len(), 64);
+    refused(|r| set(r, "for", &many(65)), &[&at("SM011", "for")]);
     for value in ["", "01", "00", "-1", "+1", "1.0", "1k", " 1", "2147483648", "99999999999999999999", "root", "١"] {
         refused(|r| set(r, "uid", value), &[&at("SM012", "uid")]);
     }
