@@ -385,8 +385,8 @@ fn chance() -> f64 {
 
 // What the two conversions into facts share.
 
-/// How the annotations begin that rules look at. A pod may have 256 KiB of others, and one of them repeats the whole pod
-/// as its author applied it, environment included.
+/// How the annotations begin that rules look at. A pod may have 256 KiB of others, and one of them repeats the whole
+/// pod as its author applied it, environment included.
 const ANNOTATIONS: [&str; 2] = ["sidecar.istio.io/", "vault.hashicorp.com/agent-inject"];
 
 /// A `runAsUser` as a UID.
@@ -405,8 +405,8 @@ fn init_kind(restart_policy: Option<&str>) -> Kind {
     if restart_policy == Some("Always") { Kind::Sidecar } else { Kind::Init }
 }
 
-/// A capability as the runtime takes it: upper case, without `CAP_` (containerd, pkg/cri/opts; cri-o, specs). Upper case
-/// is Unicode's: to the runtime `ſYS_ADMIN` is one too, and the API server checks no name.
+/// A capability as the runtime takes it: upper case, without `CAP_` (containerd, pkg/cri/opts; cri-o, specs). Upper
+/// case is Unicode's: to the runtime `ſYS_ADMIN` is one too, and the API server checks no name.
 fn capability(name: &str) -> String {
     let name = name.to_uppercase();
     name.strip_prefix("CAP_").unwrap_or(&name).to_owned()

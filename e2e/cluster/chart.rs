@@ -147,6 +147,7 @@ fn all_on() -> Value {
             "limits": {"volume_bytes": "2MiB"},
             "policy": {
                 "mesh_uids": [1337, 1_000_700_000], "distinct_uids": true, "refuse": ["SM152"],
+                "node_paths": ["/data/kubelet"],
                 "runtime_classes": {"gvisor": {}}, "namespaces": {"allow": ["a"], "deny": ["b"]},
                 "waivers": [{"code": "SM170", "namespace": "a", "until": "2099-12-31", "reason": "moves"}],
             },

@@ -37,8 +37,8 @@ const NODE_PATHS: [&str; 26] = [
     "/run/dbus",
 ];
 
-/// What root on the node runs or follows: harmless to read, and a way for who may write it. Programs, plugins, units, the
-/// runtimes' settings, and the logs, where the kubelet and log shippers follow a link as root.
+/// What root on the node runs or follows: harmless to read, and a way for who may write it. Programs, plugins, units,
+/// the runtimes' settings, and the logs, where the kubelet and log shippers follow a link as root.
 const RUN_AS_ROOT: [&str; 26] = [
     "/bin",
     "/sbin",

@@ -377,7 +377,7 @@ pub static RULES: &[Rule] = &[
         field: "spec.containers[].securityContext.capabilities.add[]",
         text: "another container adds PERFMON",
         change: "take it out",
-        source: "it samples the stacks of any process (perf_event_open(2), PERF_SAMPLE_STACK_USER); with BPF it reads its memory (bpf(2))",
+        source: "it samples the stacks of any process of the node (perf_event_open(2), PERF_SAMPLE_STACK_USER)",
         waivable: true,
         check: neighbours::perfmon,
     },
@@ -397,7 +397,7 @@ pub static RULES: &[Rule] = &[
         field: "spec.containers[].securityContext.capabilities.add[]",
         text: "another container adds SYS_CHROOT and mounts a hostPath",
         change: "take one of the two out",
-        source: "paths and setuid programs below the node's directory are taken from a root of its choice (chroot(2))",
+        source: "paths and setuid programs of the node's directory see a root of its choice (chroot(2))",
         waivable: true,
         check: neighbours::sys_chroot,
     },
@@ -417,7 +417,7 @@ pub static RULES: &[Rule] = &[
         field: "spec.containers[].securityContext.seLinuxOptions.type",
         text: "another container has an SELinux type that does not confine it",
         change: "leave the type out",
-        source: "spc_t and its like may do what the kernel lets them (container-selinux; Bottlerocket, SECURITY_GUIDANCE)",
+        source: "to such a type SELinux denies next to nothing (container-selinux; Bottlerocket, SECURITY_GUIDANCE)",
         waivable: true,
         check: neighbours::super_privileged,
     },
@@ -447,7 +447,7 @@ pub static RULES: &[Rule] = &[
         field: "spec.containers[].resources.limits",
         text: "another container is given a device",
         change: "run it in a pod of its own if it can be",
-        source: "what a device plugin or a claim hands in may read the node's memory by DMA (kubernetes, device plugins)",
+        source: "what a plugin or a claim hands in may read the node's memory by DMA (kubernetes, device plugins)",
         waivable: true,
         check: neighbours::device_plugin,
     },
@@ -507,7 +507,7 @@ pub static RULES: &[Rule] = &[
         field: "spec.volumes[].hostPath.path",
         text: "another container may write what root on the node runs or follows",
         change: "write readOnly: true at its mount, or mount a narrower path",
-        source: "a program or unit put there runs as root; a link put into the logs is read as root by the kubelet (kubernetes, ReadLogs)",
+        source: "a program put there runs as root, and the kubelet follows a link in the logs (kubernetes, ReadLogs)",
         waivable: true,
         check: neighbours::writable_host_path,
     },
@@ -517,7 +517,7 @@ pub static RULES: &[Rule] = &[
         field: "spec.containers[]",
         text: "another container gets the same secret by another way",
         change: "take it out there, or give that container a volume of its own",
-        source: "the kubelet delivers environment and Secret volumes, and an injector vault: values; neither asks who may read",
+        source: "the kubelet delivers it, or an injector its vault: value, and neither asks who may read",
         waivable: true,
         check: doors::same_secret,
     },
@@ -546,7 +546,7 @@ pub static RULES: &[Rule] = &[
         severity: Severity::Warn,
         field: "spec.automountServiceAccountToken",
         text: "another container holds the pod's token for the API server",
-        change: "write automountServiceAccountToken: false and mount no such token, or make sure that no role of Vault's takes it",
+        change: "write automountServiceAccountToken: false, mount no token by hand, or let no role of Vault's take it",
         source: "a role without an audience takes it (Vault, kubernetes auth)",
         waivable: true,
         check: doors::automount,
@@ -651,7 +651,7 @@ impl Default for Rules {
 }
 
 impl Rules {
-    /// Whether a rule's finding refuses: by its own severity, by the platform's, or since the container that it is about
+    /// Whether a rule's finding refuses: by its own severity, by the platform's, or since the container it is about
     /// sees the reader's processes, where the same UID is a way to the files.
     pub(super) fn refuses(&self, rule: &Rule, case: &Case<'_>, finding: &Finding) -> bool {
         let facts = case.facts;

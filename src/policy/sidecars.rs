@@ -36,8 +36,8 @@ pub(super) fn called(container: &Container) -> String {
     }
 }
 
-/// Whether a container is a service mesh's proxy, by the names that the injectors give it, by its image (istio, linkerd,
-/// consul, kuma, and plain Envoy), or since Istio's injector names it among what it added.
+/// Whether a container is a service mesh's proxy, by the names that the injectors give it, by its image (istio,
+/// linkerd, consul, kuma, and plain Envoy), or since Istio's injector names it among what it added.
 pub(super) fn is_mesh_proxy(case: &Case<'_>, container: &Container) -> bool {
     const IMAGES: [&str; 5] = ["proxyv2", "envoy", "consul-dataplane", "kuma-dp", "envoy-distroless"];
     // "registry:5000/istio/proxyv2:1.29@sha256:…" names the repository "registry:5000/istio/proxyv2".
