@@ -165,6 +165,16 @@ fn a_warning_is_no_refusal() {
     fs::write(&config, "version: 1\npolicy: {distinct_uids: true}\n").unwrap();
     let ran = check(&["--config", config.to_str().unwrap(), "-"], &deployment(same));
     assert_eq!(ran.code, 1, "{ran:?}");
+    fs::write(
+        &config,
+        "version: 1\npolicy: {waivers: [{code: SM163, namespace: payments, until: 2999-01-01T00:00:00Z, reason: old}]}\n",
+    )
+    .unwrap();
+    let adding = |text: &str| text.replace("{runAsUser: 1001,", "{runAsUser: 1001, capabilities: {add: [SYS_RAWIO]},");
+    let ran = check(&["-o", "json", "--config", config.to_str().unwrap(), "-"], &deployment(adding));
+    let waived = &json_of(&ran)["pods"][0]["findings"][0];
+    assert_eq!((ran.code, &waived["code"], &waived["waived"]), (0, &json!("SM163"), &json!(true)));
+    assert_eq!((&waived["severity"], &waived["patch"]), (&json!("warn"), &Value::Null));
     fs::write(&config, "version: 1\npolicy: {distinct_uid: true}\n").unwrap();
     let ran = check(&["--config", config.to_str().unwrap(), "-"], &deployment(same));
     assert!(ran.code == 2 && ran.err.contains("distinct_uid"), "{ran:?}");
