@@ -56,7 +56,8 @@ async fn install(cluster: &mut Cluster) -> String {
     cluster.kube.apply("payments", &Section::of("Use").all("yaml")[0]).await;
     cluster.kube.ready("payments", "from-secret", Duration::from_secs(60)).await;
     assert_eq!(cluster.reads("payments", "from-secret", "app", "/run/secrets/db/password").await, Ok(secret));
-    // The next commands make it anew.
+    // The next commands make the namespace anew. The pod's shell does not listen to SIGTERM.
+    cluster.kube.run("delete pod from-secret -n payments --grace-period=1 --timeout=60s").await;
     cluster.kube.run("delete namespace payments --timeout=60s").await;
     format!("one container; pod facts from the {from}; the README's pod with a Secret runs")
 }
