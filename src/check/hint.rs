@@ -5,7 +5,7 @@ use serde_json::{Value as Json, json};
 use super::manifest::Found;
 use super::{Finding, at, text};
 
-/// Capabilities that are refused by themselves; others only with something else, of which either may go.
+/// Capabilities that are refused by themselves; SYS_CHROOT only with something else, of which either may go.
 const CAPABILITIES: [&str; 6] = ["SM161", "SM162", "SM163", "SM164", "SM165", "SM166"];
 
 /// The patch for one of the findings of an object. What an injector will add is not in the object and cannot be patched
