@@ -321,13 +321,7 @@ impl Publisher {
     }
 
     /// Looks at a standing volume's pod again at a publish.
-    async fn judge_again(
-        &self,
-        slot: &Slot,
-        volume: &mut Volume,
-        publish: &Publish,
-        config: &Arc<Config>,
-    ) {
+    async fn judge_again(&self, slot: &Slot, volume: &mut Volume, publish: &Publish, config: &Arc<Config>) {
         volume.claim = Some(publish.claim.clone());
         // What a note said of it may have been written by a worker that was taken over.
         volume.pod = publish.pod.clone();

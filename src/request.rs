@@ -339,9 +339,9 @@ pub struct Claim {
 impl Claim {
     /// Whether any entry of `files` comes from Vault.
     pub fn reads_vault(&self) -> bool {
-        self.files.as_ref().is_some_and(|files| {
-            files.locations().any(|location| matches!(location, files::Location::Vault { .. }))
-        })
+        self.files
+            .as_ref()
+            .is_some_and(|files| files.locations().any(|location| matches!(location, files::Location::Vault { .. })))
     }
 }
 

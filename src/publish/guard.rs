@@ -6,8 +6,8 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use super::{Publisher, interval};
 use super::volume::{Volume, locked};
+use super::{Publisher, interval};
 use crate::config::Config;
 use crate::policy::facts::PodFacts;
 use crate::policy::{self, Warning};
@@ -44,7 +44,8 @@ impl Publisher {
             };
             let Some(volume) = state.as_mut() else { continue };
             let Some(facts) = self.pods.known(&volume.pod) else { continue };
-            let same = |(by, file): &(Arc<PodFacts>, Arc<Config>)| Arc::ptr_eq(by, &facts) && Arc::ptr_eq(file, &config);
+            let same =
+                |(by, file): &(Arc<PodFacts>, Arc<Config>)| Arc::ptr_eq(by, &facts) && Arc::ptr_eq(file, &config);
             if !volume.judged.as_ref().is_some_and(same) {
                 self.judge_standing(&id, volume, &facts, &config);
                 slot.show(&id, state.as_ref());
@@ -69,7 +70,10 @@ impl Publisher {
             Ok((grant, warnings)) if grant.owner() == volume.owner => {
                 volume.grant = Some(grant);
                 self.warn(id, &volume.pod, warnings, &mut volume.warned);
-                (fault.as_ref().map(|fault| summary(std::slice::from_ref(fault))), fault.map(|fault| fault.code).into_iter().collect())
+                (
+                    fault.as_ref().map(|fault| summary(std::slice::from_ref(fault))),
+                    fault.map(|fault| fault.code).into_iter().collect(),
+                )
             }
             Ok((grant, _)) => {
                 let text = format!(
@@ -98,7 +102,13 @@ impl Publisher {
     }
 
     /// Tells the warnings that were not told yet, all in one event; one that a waiver made is counted and logged too.
-    pub(super) fn warn(&self, id: &VolumeId, pod: &PodRef, warnings: Vec<Warning>, told: &mut BTreeSet<(Code, String)>) {
+    pub(super) fn warn(
+        &self,
+        id: &VolumeId,
+        pod: &PodRef,
+        warnings: Vec<Warning>,
+        told: &mut BTreeSet<(Code, String)>,
+    ) {
         let is_new = |warning: &Warning| told.insert((warning.fault.code, warning.fault.field.clone()));
         let new: Vec<Warning> = warnings.into_iter().filter(is_new).collect();
         for waived in new.iter().filter(|warning| warning.waived) {
