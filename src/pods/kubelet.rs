@@ -173,8 +173,13 @@ async fn follow(client: &mut PodsClient<Channel>, cache: &Cache, synced: impl Fn
         }
         let pod = match decode(&event.pod) {
             Ok(pod) => pod,
+            // GetPod says the same to whoever asks for this pod.
+            Err(fault) if first.is_some() => {
+                warn!(fault, "the kubelet described a pod that cannot be read");
+                continue;
+            }
             // It may be a change of a pod that is known: what is kept of it would be old.
-            Err(fault) => return Status::internal(format!("the kubelet described a pod that cannot be read: {fault}")),
+            Err(fault) => return Status::internal(format!("a pod cannot be read: {fault}")),
         };
         match (kind, &mut first) {
             (proto::EventType::Added | proto::EventType::Modified, Some(first)) => {
