@@ -468,6 +468,9 @@ async fn by_dns(scene: &Scene<'_>) -> Row {
     let mut misled = pod("misled", &ALL, None, &containers);
     misled["spec"]["dnsPolicy"] = json!("None");
     misled["spec"]["dnsConfig"] = json!({"nameservers": ["127.0.0.1"]});
+    let volumes = misled["spec"]["volumes"].as_array_mut().expect("volumes");
+    let sealed = volumes.iter_mut().find(|it| it["name"] == "sealed").expect("ours");
+    sealed["csi"]["volumeAttributes"]["refresh"] = json!("10s");
     scene.start(&misled).await;
     let ran = kube.exec(NAMESPACE, "misled", "app", &["sh", "-c", LOGIN]).await;
     assert_eq!(ran.code, 0, "{}", ran.err);
