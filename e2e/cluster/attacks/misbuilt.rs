@@ -152,8 +152,11 @@ async fn shared_processes(scene: &Scene<'_>, refused: &Got) -> Vec<Row> {
     let mut app_with_environment = app(&COLUMNS);
     app_with_environment["env"] =
         json!([{"name": "PASSWORD", "valueFrom": {"secretKeyRef": {"name": "usual", "key": "password"}}}]);
-    let containers =
-        [app_with_environment, neighbour("twin", APP), capable("root", 0, &["SYS_ADMIN", "SYS_PTRACE", "SYS_CHROOT"])];
+    let containers = [
+        app_with_environment,
+        neighbour("twin", APP),
+        capable("root", 0, &["SYS_ADMIN", "SYS_PTRACE", "SYS_CHROOT", "SETUID"]),
+    ];
     let mut shared = pod("shared", &COLUMNS, Some(native(mesh("istio-proxy", 15000))), &containers);
     shared["spec"]["shareProcessNamespace"] = json!(true);
     scene.start(&shared).await;
@@ -173,13 +176,18 @@ async fn shared_processes(scene: &Scene<'_>, refused: &Got) -> Vec<Row> {
     let seen = three(async |column| {
         let script = format!(
             "for d in /proc/[0-9]*; do tr '\\0' ' ' < $d/cmdline | grep -q '^/bin/app own' && \
-             exec nsenter -t ${{d#/proc/}} -m /bin/cat {}; done",
+             exec nsenter -t ${{d#/proc/}} -m -S {APP} /bin/cat {}; done",
             path(COLUMNS[column])
         );
         let ran = scene.cluster.kube.exec(NAMESPACE, "shared", "root", &["sh", "-c", &script]).await;
         if ran.out == scene.values[column] { Got::read() } else { Got::Odd(format!("{ran:?}")) }
     });
-    rows.push(Row::refused(8, "shareProcessNamespace, root with SYS_ADMIN: nsenter", seen.await, refused));
+    rows.push(Row::refused(
+        8,
+        "shareProcessNamespace, root with SYS_ADMIN: nsenter as the app's UID",
+        seen.await,
+        refused,
+    ));
     rows
 }
 
