@@ -17,7 +17,8 @@ use facts::{Container, Csi, Kind, PodFacts, Source};
 pub use rules::{Namespaces, RULES, Rule, Rules, Severity, Waiver};
 pub use sidecars::product;
 
-/// Proof that [`judge`] allowed this volume: only it can make one, and `source` and `broker` calls demand it.
+/// Proof that [`judge`] allowed this volume, now or ([`Grant::standing`]) when it was first published. Nothing else makes
+/// one, and `source` and `broker` calls demand it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Grant {
     volume: VolumeId,
