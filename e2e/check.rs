@@ -511,12 +511,15 @@ spec:
   - name: istio-proxy
     image: p
     env: [{name: P, valueFrom: {secretKeyRef: {name: db, key: p}}}]
-    volumeMounts: [{name: agent, mountPath: /vault/secrets}, {name: data, mountPath: /data}]
-  - {name: vault-agent, image: v, volumeMounts: [{name: agent, mountPath: /vault/secrets}, {name: data, mountPath: /d}]}
+    volumeMounts: [{name: agent, mountPath: /vault/secrets}, {name: data, mountPath: /data}, {name: own, mountPath: /o}]
+  - name: vault-agent
+    image: v
+    volumeMounts: [{name: agent, mountPath: /vault/secrets}, {name: data, mountPath: /d}, {name: own, mountPath: /o}]
   volumes:
   - {name: s, secret: {secretName: tls}}
   - {name: agent, emptyDir: {medium: Memory}}
   - {name: data, persistentVolumeClaim: {claimName: pgdata}}
+  - {name: own, ephemeral: {volumeClaimTemplate: {spec: {accessModes: [ReadWriteOnce]}}}}
 ";
     let ran = check(&["-o", "json", "-"], text);
     assert_eq!(ran.code, 0, "{ran:?}");
@@ -530,6 +533,7 @@ spec:
     assert!(has("istio-proxy", "Secret db", "env"));
     assert!(has("istio-proxy", "volume agent", "emptyDir of an agent"));
     assert!(has("istio-proxy", "claim pgdata", "shared claim"));
+    assert!(has("istio-proxy", "claim own", "shared claim"));
     assert!(has("app", "token of default", "automount"));
 }
 

@@ -502,6 +502,8 @@ fn volume(volume: &ApiVolume) -> Volume {
         Source::EmptyDir
     } else if let Some(claim) = &volume.persistent_volume_claim {
         Source::Claim(claim.claim_name.clone())
+    } else if volume.ephemeral.is_some() {
+        Source::Claim(volume.name.clone())
     } else {
         Source::Other
     };

@@ -370,6 +370,8 @@ fn volume(volume: &proto::Volume) -> Volume {
         Source::EmptyDir
     } else if let Some(claim) = &source.persistent_volume_claim {
         Source::Claim(claim.claim_name.clone())
+    } else if source.ephemeral.is_some() {
+        Source::Claim(volume.name.clone())
     } else {
         Source::Other
     };

@@ -155,7 +155,7 @@ pub enum Source {
     Projected(Vec<(usize, Projection)>),
     /// `emptyDir`.
     EmptyDir,
-    /// `persistentVolumeClaim.claimName`.
+    /// `persistentVolumeClaim.claimName`; the volume's name where the claim is made for it (`ephemeral`).
     Claim(String),
     /// Anything else.
     Other,
