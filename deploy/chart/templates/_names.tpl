@@ -43,3 +43,8 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 "{{ .repository }}{{ if .digest }}@{{ .digest }}{{ else }}:{{ .tag | default $.Chart.AppVersion }}{{ end }}"
 {{- end }}
 {{- end }}
+
+{{/* In CEL: whether the path of a directory d of the node leads to what stands in .plain of the variable, or the other way. */}}
+{{- define "sealmount.leads" -}}
+{{ . }}.plain == "/" || {{ . }}.plain == d || {{ . }}.plain.startsWith(d + "/") || d.startsWith({{ . }}.plain + "/")
+{{- end }}
