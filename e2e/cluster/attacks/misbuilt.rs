@@ -21,6 +21,7 @@ const BY_SOCKET: &str = "pidfd_getfd from the app, found by its unix socket (SO_
 struct Refused {
     mount: Got,
     sub_path: Got,
+    twin: Got,
     init: Got,
     shared: Got,
     host: Got,
@@ -71,11 +72,13 @@ async fn refused(scene: &Scene<'_>) -> Refused {
     let privileged = [app(&OURS), privileged("root")];
     let tracer = [app(&OURS), capable("tracer", 0, &["SYS_PTRACE"])];
     let neighbours = [app(&OURS), neighbour("neighbour", 1337)];
+    let twins = [app(&OURS), also(neighbour("twin", APP), mount("sealed"))];
     let by_proxy = "SM130 spec.initContainers[1].volumeMounts[3]";
     let context = |container: &str, field: &str| format!("{container}.securityContext.{field}");
     Refused {
         mount: one("mount", proxy_of(mount("sealed")), &[app(&OURS)], same, by_proxy).await,
         sub_path: one("subpath", proxy_of(by_sub_path("sealed")), &[app(&OURS)], same, by_proxy).await,
+        twin: one("twin", None, &twins, same, "SM130 spec.containers[1].volumeMounts[1]").await,
         init: one("init", Some(thief(&OURS)), &[app(&OURS)], same, "SM130 spec.initContainers[1].volumeMounts[1]")
             .await,
         shared: one("shared", sidecar(), &[app(&OURS)], share, "SM131 spec.shareProcessNamespace").await,
@@ -119,7 +122,7 @@ fn by_sub_path(column: &str) -> Value {
 
 /// An init container that takes away what it reads.
 fn thief(columns: &[&str]) -> Value {
-    let copy: Vec<String> = columns.iter().map(|it| format!("cp {} /run/usual/by-init-{it}", path(it))).collect();
+    let copy: Vec<String> = columns.iter().map(|it| format!("cat {} > /run/usual/by-init-{it}", path(it))).collect();
     let mut thief = plain_root("init");
     thief["command"] = json!(["/bin/busybox", "sh", "-c", copy.join(" && ")]);
     columns.iter().filter(|it| **it != "usual").fold(thief, |thief, column| also(thief, mount(column)))
@@ -134,15 +137,18 @@ async fn three(one: impl AsyncFn(usize) -> Got) -> [Got; 3] {
 async fn mounts(scene: &Scene<'_>, refused: &Refused) -> Vec<Row> {
     let injected = also(also(mesh("istio-proxy", 15000), mount("native")), mount("sealed"));
     let shell = COLUMNS.iter().fold(neighbour("shell", 1337), |shell, column| also(shell, by_sub_path(column)));
-    let mut injected = pod("injected", &COLUMNS, Some(native(injected)), &[app(&COLUMNS), shell]);
+    let twin = also(also(neighbour("twin", APP), mount("native")), mount("sealed"));
+    let mut injected = pod("injected", &COLUMNS, Some(native(injected)), &[app(&COLUMNS), shell, twin]);
     injected["spec"]["initContainers"].as_array_mut().expect("init containers").push(thief(&COLUMNS));
     let running = scene.start(&injected).await;
     let by_envoy = scene.by_envoy(&proxy(&running, 15000), "/run/{}/password").await;
     let by_sub_path = scene.each("injected", "shell", &["read", "/sub/{}"]).await;
+    let by_twin = scene.each("injected", "twin", &["read", "/run/{}/password"]).await;
     let by_init = scene.each("injected", "shell", &["read", "/run/usual/by-init-{}"]).await;
     vec![
         Row::refused(2, "Envoy's container mounts the volume too (userVolumeMount)", by_envoy, &refused.mount),
         Row::refused(2, "the same by subPath", by_sub_path, &refused.sub_path),
+        Row::refused(2, "the same in a neighbour with the app's UID", by_twin, &refused.twin),
         Row::refused(2, "the same in an init container, root", by_init, &refused.init),
     ]
 }
@@ -193,11 +199,11 @@ async fn shared_processes(scene: &Scene<'_>, refused: &Got) -> Vec<Row> {
 
 /// Row 8: the node's processes.
 async fn host_processes(scene: &Scene<'_>, refused: &Got) -> Row {
-    let mut on_host = pod("host-pid", &COLUMNS, None, &[app(&COLUMNS), capable("root", 0, &["SYS_PTRACE"])]);
+    let mut on_host = pod("host-pid", &COLUMNS, None, &[app(&COLUMNS), neighbour("twin", APP)]);
     on_host["spec"]["hostPID"] = json!(true);
     scene.start(&on_host).await;
-    let seen = scene.each("host-pid", "root", &["roots", "/run/{}/password"]).await;
-    Row::refused(8, "hostPID, root with SYS_PTRACE: `/proc/PID/root`", seen, refused)
+    let seen = scene.each("host-pid", "twin", &["roots", "/run/{}/password"]).await;
+    Row::refused(8, "hostPID, a neighbour with the app's UID: `/proc/PID/root`", seen, refused)
 }
 
 /// Row 11: the proxy has the application's UID, and the volume beside it.
