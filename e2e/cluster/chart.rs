@@ -514,6 +514,7 @@ async fn uninstall(cluster: &mut Cluster) -> String {
     let access = report["pods"][0]["access"].as_array().expect("the pod");
     assert!(access.iter().any(|it| it["container"] == "app" && it["how"] == "sealmount" && it["reads"] == true));
 
+    let installed = revision().await;
     let [.., remove, logs] = &Section::of("Run").all("sh")[..] else { panic!("the README's section has no commands") };
     try_shell(cluster, remove).await.expect_err("helm uninstalled a driver that is in use");
     let said = shell(cluster, logs).await;
@@ -521,10 +522,14 @@ async fn uninstall(cluster: &mut Cluster) -> String {
     rolled_out(cluster).await;
     assert_eq!(cluster.reads(&namespace, "user", "app", "/s/k").await, Ok(value));
     cluster.kube.delete_pod(&namespace, "user").await;
-    // The release is marked as on its way out: an upgrade puts it right, and the question's parts go with the next one.
+    // The release is marked as on its way out and takes no upgrade; what the README says takes it back.
     let status = ran("helm", &["status", "sealmount", "-n", SYSTEM, "-o", "json"], "").await;
     let status: Value = serde_json::from_str(&status).expect("helm prints JSON");
-    format!("{}; its log names the pod; the driver stayed", status["info"]["status"])
+    assert_eq!(status["info"]["status"], "uninstalling");
+    back(cluster, &installed).await;
+    upgrade(cluster, &[]).await;
+    rolled_out(cluster).await;
+    "its log names the pod; the driver stayed; a rollback takes the release back".to_owned()
 }
 
 /// Nothing of the driver is left on the node or in the API server.
