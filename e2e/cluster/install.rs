@@ -155,10 +155,10 @@ async fn pods(cluster: &mut Cluster) -> String {
 
 async fn checked(cluster: &mut Cluster) -> String {
     let place = cluster.dir.join("tmp/user");
-    fs::create_dir_all(place.join("deploy")).expect("a directory");
+    fs::create_dir_all(place.join("my-app")).expect("a directory");
     let section = Section::of("Use");
     for (number, manifest) in section.all("yaml").iter().enumerate() {
-        fs::write(place.join(format!("deploy/{number}.yaml")), manifest).expect("write the manifest");
+        fs::write(place.join(format!("my-app/{number}.yaml")), manifest).expect("write the manifest");
     }
     let report = shell(cluster, &format!("cd '{}'\n{}", place.display(), section.only("sh"))).await;
     assert!(report.contains("from-secret") && report.contains("from-vault"), "{report}");

@@ -256,7 +256,7 @@ pub static RULES: &[Rule] = &[
         severity: Severity::Refuse,
         field: "spec.ephemeralContainers[].targetContainerName",
         text: "an ephemeral container shares the processes of a reader",
-        change: "debug another container, or a copy of the pod (kubectl debug --copy-to)",
+        change: "debug another container, or a copy of the pod (kubectl debug --copy-to=NAME --share-processes=false --profile=restricted)",
         source: "/proc/PID/root of the reader leads to its mounts for the same UID (ptrace(2)); kubectl debug --target",
         waivable: false,
         check: neighbours::targets_reader,
