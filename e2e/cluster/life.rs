@@ -342,7 +342,8 @@ async fn set_driver(cluster: &Cluster, runs: bool) {
         cluster.driver().await;
     } else {
         until("the driver's pod is gone", READY, async || {
-            let list = cluster.kube.json(&format!("get pods -n {SYSTEM}")).await;
+            // Not the pod of a question that `helm uninstall` asked before.
+            let list = cluster.kube.json(&format!("get pods -n {SYSTEM} -l app.kubernetes.io/name=sealmount")).await;
             list["items"].as_array().is_some_and(Vec::is_empty)
         })
         .await;
