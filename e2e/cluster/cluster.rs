@@ -250,7 +250,8 @@ impl Cluster {
             "metadata": {"name": name, "labels": {"pod-security.kubernetes.io/enforce": level}},
         });
         self.kube.apply("default", &yaml.to_string()).await;
-        until("the namespace has its ServiceAccount", Duration::from_secs(20), async || {
+        // The controllers that lost their API server come back to it with pauses.
+        until("the namespace has its ServiceAccount", Duration::from_secs(120), async || {
             self.kube.try_run(&format!("get serviceaccount -n {name} default")).await.is_ok()
         })
         .await;
