@@ -19,7 +19,7 @@ use crate::pods::manifest as pods;
 use crate::policy::facts::PodFacts;
 use crate::policy::{self, RULES, Rule, Severity};
 use crate::request::attributes::{self, Field};
-use crate::request::files::{Files, Location, VaultPath};
+use crate::request::files::VaultPath;
 use crate::request::yaml::Place;
 use crate::request::{Claim, DRIVER, Fault, PodRef, RESERVED, VolumeId, VolumeName};
 pub use access::Access;
@@ -337,14 +337,13 @@ impl Judged {
 
 /// Whether the platform file gives a volume what it asks of Vault, as the driver asks it before it sends anything.
 fn permitted(claim: &Claim, pod: &PodRef, named: bool, config: &Config) -> Result<(), Fault> {
-    let paths: Vec<&VaultPath> = claim.files.iter().flat_map(Files::locations).filter_map(vault_path).collect();
-    if paths.is_empty() {
+    if !claim.reads_vault() {
         return Ok(());
     }
     let connection = config.connection(claim)?;
     connection.refresh(claim)?;
     let role = connection.role(claim)?;
-    for path in paths {
+    for path in claim.vault_paths() {
         match connection.permits(pod, role, path) {
             Err(_) if !named && may_be_permitted(connection, pod, role, path) => {}
             verdict => verdict?,
@@ -357,13 +356,6 @@ fn permitted(claim: &Claim, pod: &PodRef, named: bool, config: &Config) -> Resul
 fn may_be_permitted(connection: &Connection, pod: &PodRef, role: &str, path: &VaultPath) -> bool {
     let mut names = path.as_str().split('/');
     names.any(|name| connection.permits(&PodRef { name: name.to_owned(), ..pod.clone() }, role, path).is_ok())
-}
-
-fn vault_path(location: &Location) -> Option<&VaultPath> {
-    match location {
-        Location::Vault { path, .. } => Some(path),
-        Location::Secret => None,
-    }
 }
 
 /// The rows of the documents' tables: code, what is wrong, what to do.

@@ -337,11 +337,14 @@ pub struct Claim {
 }
 
 impl Claim {
+    /// The paths of Vault that `files` reads, as often as they are named.
+    pub fn vault_paths(&self) -> impl Iterator<Item = &files::VaultPath> {
+        self.files.iter().flat_map(Files::vault_paths)
+    }
+
     /// Whether any entry of `files` comes from Vault.
     pub fn reads_vault(&self) -> bool {
-        self.files
-            .as_ref()
-            .is_some_and(|files| files.locations().any(|location| matches!(location, files::Location::Vault { .. })))
+        self.vault_paths().next().is_some()
     }
 }
 

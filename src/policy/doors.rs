@@ -4,7 +4,7 @@ use super::facts::{Container, Projection, Source};
 use super::rules::{Finding, found, found_at};
 use super::sidecars::called;
 use super::{Case, field};
-use crate::request::files::Location;
+use crate::request::files::VaultPath;
 use crate::request::shown;
 
 /// Where the kubelet mounts the automounted token (kubernetes, ServiceAccount admission).
@@ -26,7 +26,7 @@ pub(super) fn same_secret_reader(case: &Case<'_>, findings: &mut Vec<Finding>) {
 /// driver.
 fn other_ways(case: &Case<'_>, container: &Container, findings: &mut Vec<Finding>, rest: &str) {
     for (index, path) in &container.env_vault {
-        if vault_paths(case).any(|read| read == path) {
+        if case.claim.vault_paths().any(|read| read.as_str() == path) {
             let text = format!("{} gets {}{rest} too", called(container), shown(path));
             found_at(findings, container, field(container, &format!(".env[{index}].value")), text);
         }
@@ -50,17 +50,8 @@ fn other_ways(case: &Case<'_>, container: &Container, findings: &mut Vec<Finding
     }
 }
 
-/// The paths of Vault that the volume reads.
-fn vault_paths<'a>(case: &Case<'a>) -> impl Iterator<Item = &'a str> {
-    let files = case.claim.files.as_ref();
-    files.into_iter().flat_map(|files| files.locations()).filter_map(|location| match location {
-        Location::Vault { path, .. } => Some(path.as_str()),
-        Location::Secret => None,
-    })
-}
-
 pub(super) fn token(case: &Case<'_>, findings: &mut Vec<Finding>) {
-    if vault_paths(case).next().is_none() {
+    if !case.claim.reads_vault() {
         return;
     }
     for container in case.neighbours() {
@@ -80,7 +71,7 @@ pub(super) fn token(case: &Case<'_>, findings: &mut Vec<Finding>) {
 }
 
 pub(super) fn automount(case: &Case<'_>, findings: &mut Vec<Finding>) {
-    if vault_paths(case).next().is_none() {
+    if !case.claim.reads_vault() {
         return;
     }
     // The token for the API server, at the usual path or mounted by hand at another.
@@ -115,13 +106,14 @@ pub(super) fn vault_agent(case: &Case<'_>, findings: &mut Vec<Finding>) {
     const SECRET: &str = "vault.hashicorp.com/agent-inject-secret-";
     const TEMPLATE: &str = "vault.hashicorp.com/agent-inject-template-";
     for (key, value) in &case.facts.annotations {
-        let same = |path: &&str| {
+        let same = |path: &&VaultPath| {
+            let path = path.as_str();
             // The injector takes a path with or without a leading slash.
-            (key.starts_with(SECRET) && value.trim_start_matches('/') == *path)
+            (key.starts_with(SECRET) && value.trim_start_matches('/') == path)
                 || (key.starts_with(TEMPLATE) && value.contains(&format!("\"{path}\"")))
         };
-        if let Some(path) = vault_paths(case).find(same) {
-            let text = format!("the Vault agent writes {} for every container", shown(path));
+        if let Some(path) = case.claim.vault_paths().find(same) {
+            let text = format!("the Vault agent writes {} for every container", shown(path.as_str()));
             found(findings, annotation(key), text);
         }
     }

@@ -135,8 +135,7 @@ fn sources(
     let reference = || field.csi("nodePublishSecretRef");
     let entries = || files.into_iter().flat_map(Files::entries);
     let of_secret = |entry: &Entry| entry.locations().any(|location| matches!(location, Location::Secret));
-    let of_vault = |entry: &Entry| entry.locations().any(|location| matches!(location, Location::Vault { .. }));
-    let uses_vault = entries().any(of_vault);
+    let uses_vault = files.is_some_and(|files| files.vault_paths().next().is_some());
     match files {
         None if !has_secret => {
             let text = "nothing is asked for; write files:, or nodePublishSecretRef: of a Secret that has a key";

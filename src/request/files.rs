@@ -91,6 +91,14 @@ impl Files {
     pub fn locations(&self) -> impl Iterator<Item = &Location> {
         self.0.iter().flat_map(Entry::locations)
     }
+
+    /// The paths of Vault among them.
+    pub fn vault_paths(&self) -> impl Iterator<Item = &VaultPath> {
+        self.locations().filter_map(|location| match location {
+            Location::Vault { path, .. } => Some(path),
+            Location::Secret => None,
+        })
+    }
 }
 
 fn fault(code: Code, name: Option<&Name>, text: String) -> Fault {
