@@ -286,7 +286,7 @@ impl Cache {
             known.insert(key, same.unwrap_or(pod));
         }
         drop(known);
-        self.set(State::Live);
+        self.state.send_replace(State::Live);
         self.count();
     }
 
@@ -336,7 +336,7 @@ impl Cache {
 /// Only pods with a volume of this driver are kept: no call comes for the others.
 fn wanted(pod: &Described) -> bool {
     match &pod.facts {
-        Ok(facts) => facts.volumes.iter().any(|volume| volume.csi().is_some_and(|csi| csi.driver == DRIVER)),
+        Ok(facts) => facts.volumes.iter().any(|volume| volume.source.csi().is_some_and(|csi| csi.driver == DRIVER)),
         Err(_) => true,
     }
 }
@@ -407,7 +407,7 @@ fn init_kind(restart_policy: Option<&str>) -> Kind {
 
 /// A capability as the runtime takes it: upper case, without `CAP_` (containerd, pkg/cri/opts; cri-o, specs). Upper
 /// case is Unicode's: to the runtime `ſYS_ADMIN` is one too, and the API server checks no name.
-fn capability(name: &str) -> String {
+pub(crate) fn capability(name: &str) -> String {
     let name = name.to_uppercase();
     name.strip_prefix("CAP_").unwrap_or(&name).to_owned()
 }

@@ -205,20 +205,15 @@ impl<'a> Case<'a> {
 
     /// The field that decides the owner: where to write another.
     fn owner_field(&self) -> String {
-        let from = self.readers().next().filter(|_| self.claim.uid.is_none());
-        match from {
-            Some(reader) if reader.run_as_user.is_some() => field(reader, ".securityContext.runAsUser"),
-            Some(_) => "spec.securityContext.runAsUser".into(),
+        match self.readers().next().filter(|_| self.claim.uid.is_none()) {
+            Some(reader) => uid_field(reader),
             None => self.volume_field(".csi.volumeAttributes.uid"),
         }
     }
 
     /// The volume's source in the pod, if it is one of this kind.
     fn csi(&self) -> Option<&'a Csi> {
-        match self.source(self.volume.name.as_str())? {
-            (_, Source::Csi(csi)) => Some(csi),
-            _ => None,
-        }
+        self.source(self.volume.name.as_str())?.1.csi()
     }
 
     /// A volume of the pod, with its index.
@@ -238,6 +233,14 @@ impl<'a> Case<'a> {
             Some((index, _)) => format!("spec.volumes[{index}]{rest}"),
             None => format!("spec.volumes[{name}]{rest}"),
         }
+    }
+}
+
+/// The field that says a container's UID: its own, else the pod's.
+fn uid_field(container: &Container) -> String {
+    match container.run_as_user {
+        Some(_) => field(container, ".securityContext.runAsUser"),
+        None => "spec.securityContext.runAsUser".into(),
     }
 }
 

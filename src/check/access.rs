@@ -38,7 +38,7 @@ pub(super) fn of<'a>(facts: &PodFacts, readers: impl Fn(&str) -> Option<&'a [Str
         };
         for volume in &facts.volumes {
             let mounted = container.mounts.iter().find(|mount| mount.volume == volume.name);
-            if let Some(csi) = volume.csi().filter(|csi| csi.driver == DRIVER) {
+            if let Some(csi) = volume.source.csi().filter(|csi| csi.driver == DRIVER) {
                 let what =
                     csi.secret.as_ref().map_or_else(|| format!("volume {}", volume.name), |it| format!("Secret {it}"));
                 match (readers(&volume.name), mounted) {

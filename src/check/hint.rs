@@ -4,6 +4,7 @@ use serde_json::{Value as Json, json};
 
 use super::manifest::Found;
 use super::{Finding, at, text};
+use crate::pods::capability;
 
 /// Capabilities that are refused by themselves; SYS_CHROOT only with something else, of which either may go.
 const CAPABILITIES: [&str; 6] = ["SM161", "SM162", "SM163", "SM164", "SM165", "SM166"];
@@ -69,5 +70,5 @@ fn may_escalate(container: &Json) -> bool {
     let added = at(container, &["securityContext", "capabilities", "add"]).and_then(Json::as_array);
     let mut added = added.into_iter().flatten().filter_map(Json::as_str);
     at(container, &["securityContext", "privileged"]) == Some(&Json::Bool(true))
-        || added.any(|name| name.to_uppercase().ends_with("SYS_ADMIN") || name.eq_ignore_ascii_case("ALL"))
+        || added.any(|name| matches!(capability(name).as_str(), "SYS_ADMIN" | "ALL"))
 }

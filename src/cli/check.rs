@@ -223,7 +223,7 @@ fn style(flags: &Flags) -> Style {
     Style {
         colour: terminal && said("NO_COLOR").is_none() && said("TERM").is_none_or(|term| term != "dumb"),
         // A serial line says 0.
-        width: Some(()).filter(|()| terminal).and_then(|()| columns().or_else(window)).filter(|columns| *columns > 0),
+        width: terminal.then(|| columns().or_else(window)).flatten().filter(|columns| *columns > 0),
         hints: flags.fix_hint,
     }
 }

@@ -132,16 +132,6 @@ pub struct Volume {
     pub source: Source,
 }
 
-impl Volume {
-    /// The inline CSI volume it is, if it is one.
-    pub fn csi(&self) -> Option<&Csi> {
-        match &self.source {
-            Source::Csi(csi) => Some(csi),
-            _ => None,
-        }
-    }
-}
-
 /// A volume's source, as far as rules look at it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source {
@@ -159,6 +149,16 @@ pub enum Source {
     Claim(String),
     /// Anything else.
     Other,
+}
+
+impl Source {
+    /// The inline CSI volume it is, if it is one.
+    pub fn csi(&self) -> Option<&Csi> {
+        match self {
+            Self::Csi(csi) => Some(csi),
+            _ => None,
+        }
+    }
 }
 
 /// One source of a projected volume.

@@ -3,7 +3,7 @@
 use super::facts::{Container, Kind};
 use super::rules::{Finding, Namespaces, found, found_at};
 use super::sidecars::is_mesh_proxy;
-use super::{Case, field};
+use super::{Case, field, uid_field};
 use crate::request::{DRIVER, WORKER_UID, nearest, shown};
 
 pub(super) fn other_volume(case: &Case<'_>, findings: &mut Vec<Finding>) {
@@ -91,11 +91,7 @@ pub(super) fn owner_unknown(case: &Case<'_>, findings: &mut Vec<Finding>) {
 
 pub(super) fn root_not_written_out(case: &Case<'_>, findings: &mut Vec<Finding>) {
     for reader in case.readers().filter(|reader| case.claim.uid.is_none() && case.uid(reader) == Some(0)) {
-        let field = match reader.run_as_user {
-            Some(_) => field(reader, ".securityContext.runAsUser"),
-            None => "spec.securityContext.runAsUser".into(),
-        };
-        found_at(findings, reader, field, format!("{} runs as root", reader.name));
+        found_at(findings, reader, uid_field(reader), format!("{} runs as root", reader.name));
     }
 }
 
