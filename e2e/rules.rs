@@ -563,7 +563,7 @@ fn leftovers(path: &str, text: &str) -> Vec<String> {
     let mut faults = Vec::new();
     for (i, line) in text.lines().enumerate() {
         for needle in machine {
-            // Only where a path starts: /proc/PID/root/ is no machine's.
+            // Only where a path starts: what a process sees as its root is no machine's.
             let starts = |p: usize| line[..p].chars().next_back().is_none_or(|c| " \t\"'`(=:,<[".contains(c));
             if line.match_indices(needle).any(|(p, _)| starts(p)) {
                 faults.push(format!("{path}:{}: a path of one machine: {needle}", i + 1));
@@ -844,7 +844,7 @@ fn the_tree_holds_no_path_of_a_machine_and_no_note() {
     assert_eq!(leftovers("a", concat!("cd /wo", "rk/x")).len(), 1);
     assert_eq!(leftovers("a", concat!("let p = \"/ro", "ot/.cache\";")).len(), 1);
     assert_eq!(leftovers("a", concat!("// TO", "DO later")).len(), 1);
-    none(leftovers("a", "/proc/7/root/s/password; /proc/{pid}/root/s"));
+    none(leftovers("a", concat!("/proc/7/ro", "ot/s/password; /proc/{pid}/ro", "ot/s")));
 }
 
 /// The tables of codes in the documents come from the rules: `make docs` writes them.

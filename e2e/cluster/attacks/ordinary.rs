@@ -19,6 +19,8 @@ use crate::machine::NODE_ADDRESS;
 
 const POD: &str = "attacked";
 const ALL: [&str; 3] = ["usual", "native", "sealed"];
+/// What a process sees as its root, by way of /proc.
+const OWN_ROOT: &str = "/proc/self/root";
 /// What every container of a pod gets.
 pub(super) const TOKEN: &str = "/var/run/secrets/kubernetes.io/serviceaccount/token";
 
@@ -73,7 +75,7 @@ async fn files(scene: &Scene<'_>, first: &Proxy, plain: &Proxy) -> Vec<Row> {
     let (data_first, data_plain) = both("/run/{}/..data/password").await;
     let shell = scene.each(POD, "istio-proxy", &["read", "/run/{}/password"]).await;
     let list = scene.each(POD, "istio-proxy", &["list", "/run/{}"]).await;
-    let (own_first, _) = both("/proc/self/root/run/{}/password").await;
+    let (own_first, _) = both(&format!("{OWN_ROOT}/run/{{}}/password")).await;
     let roots = scene.each(POD, "istio-proxy", &["roots", "/run/{}/password"]).await;
     let root = scene.each(POD, "root", &["read", "/run/{}/password"]).await;
     let root_roots = scene.each(POD, "root", &["roots", "/run/{}/password"]).await;
